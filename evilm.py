@@ -1,0 +1,1071 @@
+"""E-ViLM: an efficient video-language model via masked video modeling with a semantic vector-quantized tokenizer.
+
+The whole method in one file, in the paper's order and words. `python evilm.py` prints Table 8, ours beside the paper's.
+
+    paper                                   here
+    3.1   video encoder (EdgeNeXt)          EdgeNeXt, ConvEncoder, SDTAEncoder, CrossCovarianceAttention
+    3.1   language encoder (tiny BERT)      WordPiece, TextEmbedding, TextEncoder
+    3.1   multi-modal decoder               TransformerBlock
+    (1)   e^V, e^L                          EViLM.encode_video, EViLM.encode_text
+    (2)   h^CLS, h^L, h^V                   EViLM.fuse
+    3.2   masked frames and words           block_mask, mask_frames, mask_words
+    (3)   L_MVM                             mvm_loss
+    (4)   nearest code                      VectorQuantizer
+    (5)   averaged output, word logits      SemanticTokenizer.forward
+    (6)   L_TOKEN, focal                    focal_loss
+    (7)   L_SVQ                             VectorQuantizer, train_tokenizer.py
+    (8)   L = L_MLM + L_VTM + L_MVM         EViLM.forward, pretrain.py
+    4     R@K, multiple choice              rank_of_truth, EViLM.match
+    T.8   parameters                        table8
+
+Shapes: B clips, T frames, L words, g cells a side, N = T*g*g cells, D the decoder's width, K words, M codes.
+A mask is True where something is there (a real word); `chosen` is True where something was masked.
+"""
+import argparse
+import contextlib
+import errno
+import json
+import math
+import os
+import signal
+import sys
+import time
+import unicodedata
+from collections import Counter
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------- Config
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every size and every training setting; `Config.paper()` is section 4.1, `Config.toy()` fits a laptop."""
+    preset: str = "paper"
+    frames: int = 4                     # T, sparsely sampled (4.1)
+    size: int = 256                     # pixels a side; a cell is 32x32, so g = size / 32
+    # video encoder: EdgeNeXt-Small
+    depths: tuple = (3, 3, 9, 3)        # blocks a stage
+    dims: tuple = (48, 96, 160, 304)    # channels a stage
+    kernels: tuple = (3, 5, 7, 9)       # depth-wise kernel a stage
+    scales: tuple = (1, 2, 2, 3, 4)[1:] # parts of the split depth-wise cascade; stage 1 has none
+    xca_heads: int = 8
+    layer_scale: float = 1e-6           # what each block is multiplied by at first
+    # language encoder: a BERT of 12 layers, 128 wide
+    vocab_rows: int = 9157              # rows of the embedding: 30% of BERT's 30,522 words
+    words: int = 9157                   # rows in use; the rest are never drawn and count neither in a softmax nor in K
+    positions: int = 512
+    text_width: int = 128
+    text_layers: int = 12
+    text_heads: int = 4
+    max_words: int = 30                 # a caption is cut there, [CLS] and [SEP] included (WebVid's mean is 20)
+    # multi-modal decoder
+    width: int = 384                    # D
+    decoder_layers: int = 4
+    decoder_heads: int = 6
+    dropout: float = 0.1                # in the language encoder and the decoder, as in BERT
+    # semantic tokenizer: CLIP's ViT-B/32, 9,420 codes of 32 numbers, 8 layers that read the words from the codes
+    codes: int = 9420                   # M
+    code_dim: int = 32
+    vit_width: int = 768
+    vit_layers: int = 12
+    vit_heads: int = 12
+    tokenizer_width: int = 384          # the paper gives 8 layers and no width: the decoder's
+    tokenizer_layers: int = 8
+    tokenizer_heads: int = 6
+    # masking (4.1)
+    mask_ratio: float = 0.40
+    word_ratio: float = 0.15
+    augment: bool = True                # one random crop for all frames of a clip, never a flip ("left" is a word)
+    # training (4.1). The paper says neither batch size nor schedule nor how weights start: linear warm-up and cosine,
+    # weights from N(0, 0.02), as its relatives do; 64 clips a step is what fits one GPU of 16 GB.
+    batch_size: int = 64
+    epochs: int = 20
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    warmup: float = 0.05                # share of the steps
+    tokenizer_epochs: int = 10
+    tokenizer_batch_size: int = 64
+    tokenizer_lr: float = 2e-4
+
+    @property
+    def grid(self):
+        return self.size // 32
+
+    @classmethod
+    def paper(cls):
+        return cls()
+
+    @classmethod
+    def toy(cls):
+        """The same method, sized so that both stages learn the synthetic clips in minutes on two CPU cores."""
+        return cls(preset="toy", size=96, depths=(1, 1, 3, 1), dims=(16, 32, 64, 128), kernels=(3, 5, 5, 3),
+                   scales=(2, 2, 2, 2), xca_heads=4, layer_scale=0.1, vocab_rows=1024, words=1024, positions=64,
+                   text_width=64, text_layers=2, text_heads=4, max_words=24, width=128, decoder_layers=3,
+                   decoder_heads=4, dropout=0.0, codes=64, code_dim=16, vit_width=96, vit_layers=3, vit_heads=4,
+                   tokenizer_width=96, tokenizer_layers=2, tokenizer_heads=4, augment=False, batch_size=32,
+                   epochs=8, lr=1e-3, tokenizer_epochs=4, tokenizer_batch_size=32, tokenizer_lr=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------- Video encoder
+
+
+class CrossCovarianceAttention(nn.Module):
+    """XCA: attention between channels, not cells, so its cost grows linearly with cells. (N, cells, C) -> the same.
+
+    Ali et al., "XCiT", 2021: softmax(K^ Q^T / tau) over C/heads x C/heads, keys and queries l2-normalised over cells.
+    """
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))    # the release multiplies by it
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        N, cells, C = x.shape
+        q, k, v = self.qkv(x).view(N, cells, 3, self.heads, C // self.heads).permute(2, 0, 3, 4, 1)  # (N, h, c, cells)
+        attention = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
+        return self.proj((attention.softmax(-1) @ v).permute(0, 3, 1, 2).reshape(N, cells, C))
+
+
+class FourierPositions(nn.Module):
+    """Sines of a cell's row and column, projected to `dim` channels: (H, W) -> (1, dim, H, W)."""
+
+    def __init__(self, dim, waves=32):
+        super().__init__()
+        self.waves = waves
+        self.token_projection = nn.Conv2d(2 * waves, dim, 1)
+
+    def forward(self, H, W):
+        weight = self.token_projection.weight
+        steps = torch.arange(self.waves, device=weight.device)
+        period = 10000 ** (2 * (steps // 2) / self.waves)
+        rows, columns = (2 * math.pi * torch.arange(1, n + 1, device=weight.device)[:, None] / (n + 1e-6) / period
+                         for n in (H, W))
+        rows, columns = (torch.where(steps % 2 == 0, angle.sin(), angle.cos()) for angle in (rows, columns))
+        sines = torch.cat([rows[:, None].expand(H, W, -1), columns[None].expand(H, W, -1)], -1)      # (H, W, 2 waves)
+        return self.token_projection(sines.permute(2, 0, 1)[None].to(weight.dtype))
+
+
+class ConvEncoder(nn.Module):
+    """EdgeNeXt's convolutional block: depth-wise convolution, then two linear layers at each cell. (N, C, H, W)."""
+
+    def __init__(self, dim, kernel, layer_scale):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
+
+    def forward(self, x):
+        # Maps are kept channels-last in memory: the permutes are views, and no layer copies (tests/benchmark.py).
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))                                            # (N, H, W, C)
+        y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
+        return x + y.permute(0, 3, 1, 2)
+
+
+class SDTAEncoder(nn.Module):
+    """EdgeNeXt's split depth-wise transpose attention: a cascade of 3x3 convolutions, then XCA. (N, C, H, W)."""
+
+    def __init__(self, dim, scales, heads, layer_scale, positions):
+        super().__init__()
+        self.split = math.ceil(dim / scales)
+        self.convs = nn.ModuleList(nn.Conv2d(self.split, self.split, 3, padding=1, groups=self.split)
+                                   for _ in range(max(1, scales - 1)))
+        self.pos_embd = FourierPositions(dim) if positions else None
+        self.norm_xca = nn.LayerNorm(dim, eps=1e-6)
+        self.gamma_xca = nn.Parameter(layer_scale * torch.ones(dim))
+        self.xca = CrossCovarianceAttention(dim, heads)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
+
+    def cascade(self, x):
+        """Each part is convolved together with the result of the part before it; the last part passes untouched."""
+        parts = list(x.split(self.split, 1))
+        for i, conv in enumerate(self.convs):
+            parts[i] = conv(parts[i] if i == 0 else parts[i] + parts[i - 1])
+        return torch.cat(parts, 1)
+
+    def forward(self, x):
+        N, C, H, W = x.shape
+        y = self.cascade(x)
+        if self.pos_embd is not None:
+            y = y + self.pos_embd(H, W)
+        y = y.permute(0, 2, 3, 1).reshape(N, H * W, C)                                               # (N, cells, C)
+        y = y + self.gamma_xca * self.xca(self.norm_xca(y))
+        y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(self.norm(y))))
+        return x + y.view(N, H, W, C).permute(0, 3, 1, 2)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels at each cell of a map. (N, C, H, W) -> the same."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class EdgeNeXt(nn.Module):
+    """ENC_V of Eq. (1): EdgeNeXt (Maaz et al., 2022). (N, 3, H, W), normalised -> (N, dims[-1], H/32, W/32).
+
+    Parameters are named and shaped as in the authors' release, without its head; the release pools before the final
+    norm, here it is applied at each cell, since the decoder reads the grid.
+    """
+
+    def __init__(self, depths=(3, 3, 9, 3), dims=(48, 96, 160, 304), kernels=(3, 5, 7, 9), scales=(2, 2, 3, 4),
+                 heads=8, layer_scale=1e-6):
+        super().__init__()
+        self.downsample_layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, dims[0], 4, stride=4),
+                                                              ChannelNorm(dims[0], eps=1e-6))])
+        self.stages = nn.ModuleList()
+        for i, (depth, dim) in enumerate(zip(depths, dims)):
+            if i > 0:
+                self.downsample_layers.append(nn.Sequential(ChannelNorm(dims[i - 1], eps=1e-6),
+                                                            nn.Conv2d(dims[i - 1], dim, 2, stride=2)))
+            blocks = [ConvEncoder(dim, kernels[i], layer_scale) for _ in range(depth)]
+            if i > 0:                   # one SDTA block, last in stages 2 to 4; positions are told once, in stage 2
+                blocks[-1] = SDTAEncoder(dim, scales[i], heads, layer_scale, positions=i == 1)
+            self.stages.append(nn.Sequential(*blocks))
+        self.norm = ChannelNorm(dims[-1], eps=1e-6)
+
+    def forward(self, x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        for downsample, stage in zip(self.downsample_layers, self.stages):
+            x = stage(downsample(x))
+        return self.norm(x)
+
+
+# ------------------------------------------------------------------------------------------------ Language encoder
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PAD, UNK, CLS, SEP, MASK = range(5)     # a vocabulary that this file makes has the special tokens first, in this order
+
+
+class WordPiece:
+    """BERT-uncased's splitting: words by greedy longest match against a vocabulary, `##` for what goes on a word."""
+
+    def __init__(self, vocab):
+        missing = [token for token in SPECIAL if token not in vocab]
+        if missing:
+            raise InputError(f"the vocabulary has no {' '.join(missing)}: is it BERT's vocab.txt, one word a line?")
+        self.vocab = list(vocab)
+        self.index = {word: i for i, word in enumerate(self.vocab)}
+
+    def __len__(self):
+        return len(self.vocab)
+
+    @staticmethod
+    def split(text):
+        """Lower case, accents stripped, punctuation and CJK characters apart: "Été, 3x" -> ["ete", ",", "3x"]."""
+        pieces = []
+        for letter in unicodedata.normalize("NFD", text.lower()):
+            kind, code = unicodedata.category(letter), ord(letter)
+            symbol = 33 <= code <= 126 and not letter.isalnum()           # $, +, ^ ... are punctuation to BERT
+            cjk = 0x3400 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0x20000 <= code <= 0x2FA1F
+            if letter.isspace() or kind.startswith("Z"):
+                pieces.append(" ")
+            elif kind.startswith("P") or symbol or cjk:
+                pieces.append(f" {letter} ")
+            elif kind != "Mn" and not kind.startswith("C") and letter != "\ufffd":
+                pieces.append(letter)
+        return "".join(pieces).split()
+
+    def pieces(self, word):
+        """Greedy longest match: "unaffable" -> ["una", "##ffa", "##ble"], or ["[UNK]"] where nothing fits."""
+        found, start = [], 0
+        while start < len(word) and len(word) <= 100:
+            prefix = "##" if start else ""
+            end = next((e for e in range(len(word), start, -1) if prefix + word[start:e] in self.index), None)
+            if end is None:
+                return ["[UNK]"]
+            found.append(prefix + word[start:end])
+            start = end
+        return found or ["[UNK]"]
+
+    def encode(self, text, max_len):
+        """-> list of at most `max_len` ids: [CLS], the pieces, [SEP]; cut so that [SEP] stays."""
+        ids = [self.index[piece] for word in self.split(text) for piece in self.pieces(word)]
+        return [self.index["[CLS]"], *ids[:max_len - 2], self.index["[SEP]"]]
+
+    @classmethod
+    def from_captions(cls, captions, size=None):
+        """A vocabulary of whole words: the special tokens, then the words by count, at most `size` entries in all."""
+        counts = Counter(word for caption in captions for word in cls.split(caption))
+        by_count = sorted(counts, key=lambda word: (-counts[word], word))
+        return cls((SPECIAL + by_count)[:size])
+
+    def keep_frequent(self, captions, share=0.30):
+        """The paper's truncation (4.1): exactly round(share * len) entries, the most frequent pieces of the captions.
+
+        The special tokens come first; ties and words that never occur keep their order; `[unused...]` never stays.
+        """
+        words = Counter(word for caption in captions for word in self.split(caption))
+        counts = Counter()
+        for word, count in words.items():
+            for piece in self.pieces(word):
+                counts[piece] += count
+        rest = [w for w in self.vocab if w not in SPECIAL and not w.startswith("[unused")]
+        rest.sort(key=lambda word: -counts[word])                          # stable: ties keep their order
+        return WordPiece((SPECIAL + rest)[:round(share * len(self.vocab))])
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, then two linear layers. (B, L, C) -> the same; mask (B, 1, 1, L) is True where a key is real.
+
+    Post-norm as in BERT for the language encoder and both decoders; pre-norm with CLIP's quick GELU for the ViT.
+    """
+
+    def __init__(self, width, heads, pre_norm=False, eps=1e-12, dropout=0.0):
+        super().__init__()
+        self.heads, self.pre_norm, self.dropout = heads, pre_norm, dropout
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def drop(self, x):
+        return F.dropout(x, self.dropout, self.training)
+
+    def attend(self, x, mask):
+        B, L, C = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)      # (B, h, L, c)
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.drop(self.proj(y.transpose(1, 2).reshape(B, L, C)))
+
+    def feed(self, x):
+        x = self.fc1(x)
+        x = x * torch.sigmoid(1.702 * x) if self.pre_norm else F.gelu(x)
+        return self.drop(self.fc2(x))
+
+    def forward(self, x, mask=None):
+        if self.pre_norm:
+            x = x + self.attend(self.norm1(x), mask)
+            return x + self.feed(self.norm2(x))
+        x = self.norm1(x + self.attend(x, mask))
+        return self.norm2(x + self.feed(x))
+
+
+class Transformer(nn.ModuleList):
+    """Blocks one after another: `(x (B, L, C), mask (B, L) or None) -> (B, L, C)`."""
+
+    def __init__(self, layers, *sizes, **settings):
+        super().__init__(TransformerBlock(*sizes, **settings) for _ in range(layers))
+
+    def forward(self, x, mask=None):
+        mask = mask if mask is None else mask[:, None, None]
+        for block in self:
+            x = block(x, mask)
+        return x
+
+
+class TextEmbedding(nn.Module):
+    """BERT's embeddings: words + positions + segments, normalised. ids (B, L) -> (B, L, text_width)."""
+
+    def __init__(self, rows, positions, width, dropout=0.0):
+        super().__init__()
+        self.words = nn.Embedding(rows, width)
+        self.positions = nn.Embedding(positions, width)
+        self.segments = nn.Embedding(2, width)      # BERT has two; a caption is always the first
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids):
+        x = self.words(ids) + self.positions.weight[:ids.shape[1]] + self.segments.weight[0]
+        return self.dropout(self.norm(x))
+
+
+# ---------------------------------------------------------------------------------------------------------- E-ViLM
+
+
+def space_time_sines(T, g, width, device=None):
+    """Fixed sines that tell a cell its frame, row and column: (T*g*g, width), in the cells' order.
+
+    The paper names no positions for e^V and Table 8 has no parameters for them; without any, a clip that moves left
+    and one that moves right would be the same set of cells to the decoder.
+    """
+    waves = width // 6                                                      # a sine and a cosine for each of t, y, x
+    frequency = 100.0 ** (-torch.arange(waves, device=device) / waves)      # positions stay below 100
+    axes = torch.meshgrid(*(torch.arange(n, device=device) for n in (T, g, g)), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in axes]             # three of (N, waves)
+    sines = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
+    return F.pad(sines, (0, width - sines.shape[1]))
+
+
+def normalise(frames, mean, deviation):
+    """(..., 3, H, W) in [0, 1] -> the scale that an encoder was trained on."""
+    mean, deviation = (torch.tensor(c, device=frames.device).view(3, 1, 1) for c in (mean, deviation))
+    return (frames - mean) / deviation
+
+
+def initialise(module):
+    """Linear weights from N(0, 1 / inputs), so that signals keep their size at any width; embeddings as in BERT.
+
+    The paper does not say how weights start where none are loaded.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+def prediction_head(width, classes):
+    """HEAD of a masked word or cell, BERT's: (n, width) -> logits (n, classes)."""
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, classes))
+
+
+class EViLM(nn.Module):
+    """The model of 3.1. Frames (B, T, 3, H, W) in [0, 1] and word ids (B, L) go in; see `forward` for what comes out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.video_encoder = EdgeNeXt(c.depths, c.dims, c.kernels, c.scales, c.xca_heads, c.layer_scale)
+        self.video_proj = nn.Linear(c.dims[-1], c.width)
+        self.text_embedding = TextEmbedding(c.vocab_rows, c.positions, c.text_width, c.dropout)
+        self.text_encoder = Transformer(c.text_layers, c.text_width, c.text_heads, dropout=c.dropout)
+        self.text_proj = nn.Linear(c.text_width, c.width)
+        self.token_type = nn.Parameter(0.02 * torch.randn(3, c.width))      # e^CLS, t^L, t^V
+        self.decoder = Transformer(c.decoder_layers, c.width, c.decoder_heads, dropout=c.dropout)
+        self.pooler = nn.Sequential(nn.Linear(c.width, c.width), nn.Tanh())
+        self.vtm_head = nn.Linear(c.width, 2)
+        self.mlm_head = prediction_head(c.width, c.vocab_rows)
+        self.mvm_head = prediction_head(c.width, c.codes)
+        self.apply(initialise)
+
+    def encode_video(self, frames):
+        """Eq. (1): e^V. (B, T, 3, H, W) in [0, 1] -> (B, N, D), with the sines of time and place."""
+        B, T = frames.shape[:2]
+        frames = normalise(frames, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))            # ImageNet's
+        maps = self.video_encoder(frames.flatten(0, 1))                                     # (B*T, C, g, g)
+        cells = self.video_proj(maps.permute(0, 2, 3, 1).flatten(1, 2)).reshape(B, -1, self.config.width)
+        return cells + space_time_sines(T, maps.shape[-1], self.config.width, frames.device)
+
+    def encode_text(self, ids, mask):
+        """Eq. (1): e^L. ids, mask (B, L) -> (B, L, D)."""
+        return self.text_proj(self.text_encoder(self.text_embedding(ids), mask))
+
+    def fuse(self, video, text, mask):
+        """Eq. (2): -> h^CLS (B, D), h^L (B, L, D), h^V (B, N, D).
+
+        Either of video and text may be None (4.4: text alone, video alone); its h is then None. `mask` (B, L) is the
+        text's and is not looked at without text.
+        """
+        e_cls, t_text, t_video = self.token_type
+        B = len(video if text is None else text)
+        parts, seen = [e_cls.expand(B, 1, -1)], None
+        if text is not None:
+            parts.append(text + t_text)
+            others = 1 + (0 if video is None else video.shape[1])
+            seen = torch.cat([mask.new_ones(B, 1), mask, mask.new_ones(B, others - 1)], 1)
+        if video is not None:
+            parts.append(video + t_video)
+        h = self.decoder(torch.cat(parts, 1), seen)
+        L = 0 if text is None else text.shape[1]
+        return h[:, 0], None if text is None else h[:, 1:1 + L], None if video is None else h[:, 1 + L:]
+
+    def match(self, video, text, mask):
+        """How well each video (B, N, D) fits each text (B, L, D): the difference of the 2-way head's logits, (B,)."""
+        logits = self.vtm_head(self.pooler(self.fuse(video, text, mask)[0])).float()
+        return logits[:, 1] - logits[:, 0]
+
+    def forward(self, frames, ids, mask, words=None, cells=None, mismatched=None):
+        """One masked pass for all objectives of Eq. (8).
+
+        frames (B, T, 3, H, W), ids and mask (B, L): masked where an objective masks. `words` (B, L) and `cells`
+        (B, N) are True where something was masked and is to be predicted; `mismatched` is (ids, mask) of one wrong
+        caption a clip, of the same L. Returns (vtm (2B, 2): the matched pairs, then the mismatched; mlm (words
+        masked, K); mvm (cells masked, M)), None for each that was not asked for.
+        """
+        B = len(frames)
+        video = self.encode_video(frames)                                                   # once a clip
+        if mismatched is not None:
+            ids, mask = torch.cat([ids, mismatched[0]]), torch.cat([mask, mismatched[1]])
+            video = torch.cat([video, video])
+        h_cls, h_text, h_video = self.fuse(video, self.encode_text(ids, mask), mask)
+        vtm = None if mismatched is None else self.vtm_head(self.pooler(h_cls))
+        # The heads run on masked positions of the matched pairs alone; rows that no word uses are cut off.
+        mlm = None if words is None else self.mlm_head(h_text[:B][words])[:, :self.config.words]
+        mvm = None if cells is None else self.mvm_head(h_video[:B][cells])
+        return vtm, mlm, mvm
+
+
+# --------------------------------------------------------------------------------------------------------- Masking
+
+
+def block_mask(n, grid, ratio, generator):
+    """Block-wise masking (4.1, after BEiT): bool (n, grid, grid), exactly round(ratio * grid^2) cells True in each.
+
+    Rectangles of log-uniform aspect within [0.3, 1/0.3] and of at least max(1, target // 5) cells are laid until the
+    count is reached; of the last one only as many new cells count as are still wanted.
+    """
+    target = round(ratio * grid * grid)
+    smallest = max(1, target // 5)
+    masks = torch.zeros(n, grid * grid, dtype=torch.bool)
+    for mask in masks:
+        covered = set()
+        while len(covered) < target:
+            wanted = target - len(covered)
+            area, aspect, y, x = torch.rand(4, generator=generator).tolist()
+            area = smallest + area * max(0, wanted - smallest)
+            aspect = math.exp((2 * aspect - 1) * math.log(1 / 0.3))
+            height, width = (min(grid, max(1, round(math.sqrt(a)))) for a in (area * aspect, area / aspect))
+            if height * width < smallest:
+                continue
+            top, left = int(y * (grid - height + 1)), int(x * (grid - width + 1))
+            block = [r * grid + c for r in range(top, top + height) for c in range(left, left + width)]
+            covered.update([cell for cell in block if cell not in covered][:wanted])
+        mask[list(covered)] = True
+    return masks.view(n, grid, grid)
+
+
+def mask_frames(frames, chosen):
+    """Zeros over the chosen cells (3.2). frames (B, T, 3, H, W) in [0, 1], chosen (B, T, g, g) -> like frames."""
+    scale = frames.shape[-1] // chosen.shape[-1]
+    pixels = chosen.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+    return frames.masked_fill(pixels[:, :, None], 0.0)
+
+
+def mask_words(ids, vocab_size, generator, ratio=0.15):
+    """BERT's masking of one caption: ids (L,) -> (ids, chosen), both (L,).
+
+    Exactly max(1, round(ratio * n)) of its n words, none when n = 0: 80% become [MASK], 10% a random word, 10% stay.
+    Special tokens (ids below 5) are never chosen and never drawn.
+    """
+    ids, words = ids.clone(), (ids > MASK).nonzero().flatten()
+    count = max(1, round(ratio * len(words))) if len(words) else 0
+    picked = words[torch.randperm(len(words), generator=generator)[:count]]
+    fate = torch.rand(count, generator=generator)
+    drawn = torch.randint(MASK + 1, vocab_size, (count,), generator=generator)
+    ids[picked] = torch.where(fate < 0.8, MASK, torch.where(fate < 0.9, drawn, ids[picked]))
+    chosen = torch.zeros(len(ids), dtype=torch.bool)
+    chosen[picked] = True
+    return ids, chosen
+
+
+# ---------------------------------------------------------------------------------------------------------- Losses
+# Each is a sum over its count. `count` is given where a batch is cut over processes or accumulation steps: the count
+# of the whole batch, so that the parts' losses add up to the loss of the whole.
+
+
+def cross_entropy(logits, targets, count=None):
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total / max(1, len(targets) if count is None else count)
+
+
+def mvm_loss(logits, targets, count=None):
+    """Eq. (3): the mean over N masked cells. logits (N, M), targets (N,) codes -> scalar.
+
+    The paper's minus before a cross-entropy, which is already positive, is one too many.
+    """
+    return cross_entropy(logits, targets, count)
+
+
+def mlm_loss(logits, targets, count=None):
+    """L_MLM of Eq. (8): logits (n, K) of the masked words, targets (n,) their ids -> scalar."""
+    return cross_entropy(logits, targets, count)
+
+
+def vtm_loss(logits, targets, count=None):
+    """L_VTM of Eq. (8): logits (n, 2), targets (n,): 1 for a pair that matches, 0 for one that does not -> scalar."""
+    return cross_entropy(logits, targets, count)
+
+
+def focal_loss(logits, targets):
+    """Eq. (6), L_TOKEN: logits (B, K), targets (B, K) in {0, 1} -> scalar, averaged over K and over B.
+
+    The printed equation lacks its minus. The weight p of an absent word carries gradient, as printed.
+    """
+    there = -F.logsigmoid(logits)                                   # -log p
+    absent = -torch.sigmoid(logits) * F.logsigmoid(-logits)         # -p log(1 - p)
+    return torch.where(targets > 0, there, absent).mean()
+
+
+def rank_of_truth(scores, truth):
+    """Ranks of the right items, 1 the best; every tie counts against the query. scores (Q, n), truth (Q,) -> (Q,)."""
+    right = scores.gather(1, truth[:, None])
+    return (scores >= right).sum(1)                                 # the right one itself is the 1
+
+
+# ---------------------------------------------------------------------------------------------- Semantic tokenizer
+
+
+class ViT(nn.Module):
+    """E of 3.3: CLIP's vision transformer. (N, 3, H, W), normalised -> (N, cells, width): the patch tokens after the
+    last block, CLS dropped."""
+
+    def __init__(self, size=256, patch=32, width=768, layers=12, heads=12):
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.cls = nn.Parameter(torch.zeros(width))
+        self.positions = nn.Parameter(0.02 * torch.randn((size // patch) ** 2 + 1, width))
+        self.norm = nn.LayerNorm(width)                             # CLIP has one before the blocks
+        self.blocks = Transformer(layers, width, heads, pre_norm=True, eps=1e-5)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)                                        # (N, cells, width)
+        x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1) + self.positions
+        return self.blocks(self.norm(x))[:, 1:]
+
+
+class VectorQuantizer(nn.Module):
+    """q of Eq. (4): the nearest code of a learnable codebook. (..., dim) -> quantized (..., dim), ids (...), loss.
+
+    Both sides are l2-normalised, so unit vectors come out and the nearest code is the largest inner product. `loss`
+    is the last two terms of Eq. (7), squared norms averaged over cells; the paper gives them no weights.
+    """
+
+    def __init__(self, codes, dim):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(codes, dim))
+
+    def forward(self, x):
+        x = F.normalize(x.float(), dim=-1)
+        codebook = F.normalize(self.codebook.float(), dim=-1)
+        ids = (x.detach() @ codebook.detach().t()).argmax(-1)                               # Eq. (4)
+        codes = F.embedding(ids, codebook)
+        loss = ((x.detach() - codes) ** 2).sum(-1).mean() + ((x - codes.detach()) ** 2).sum(-1).mean()
+        return x + (codes - x).detach(), ids, loss                  # straight-through: E(X) gets the codes' gradient
+
+    @torch.no_grad()
+    def revive(self, used, vectors, generator):
+        """Codes that no cell chose of late move to encoder outputs drawn at random: used (M,) bool, vectors (n, dim).
+
+        Not in the paper. A code that is never nearest gets no gradient from Eq. (7), so it would stay dead for ever.
+        """
+        dead = (~used).nonzero().flatten()
+        drawn = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)
+        self.codebook[dead] = F.normalize(vectors[drawn].float(), dim=-1)
+        return len(dead)
+
+
+class SemanticTokenizer(nn.Module):
+    """The semantic vector-quantized tokenizer of 3.3: frames -> codes -> the words of the caption."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.encoder = ViT(c.size, 32, c.vit_width, c.vit_layers, c.vit_heads)
+        self.proj = nn.Linear(c.vit_width, c.code_dim)
+        self.quantizer = VectorQuantizer(c.codes, c.code_dim)
+        self.expand = nn.Linear(c.code_dim, c.tokenizer_width)
+        self.decoder = Transformer(c.tokenizer_layers, c.tokenizer_width, c.tokenizer_heads)
+        self.head = nn.Linear(c.tokenizer_width, c.vocab_rows - len(SPECIAL))
+        for part in (self.encoder.blocks, self.proj, self.expand, self.decoder, self.head):
+            part.apply(initialise)
+
+    def embed(self, frames):
+        """E(X): (B, T, 3, H, W) in [0, 1] -> (B, T, g, g, code_dim)."""
+        B, T = frames.shape[:2]
+        frames = normalise(frames, (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))     # CLIP's
+        cells = self.proj(self.encoder(frames.flatten(0, 1)))
+        g = math.isqrt(cells.shape[1])
+        return cells.view(B, T, g, g, -1)
+
+    def read_words(self, quantized):
+        """Eq. (5): the words' logits from the averaged output of D. (B, T, g, g, code_dim) -> (B, K).
+
+        D sees all codes of the clip with their time and place, or "left" and "right" could not be told apart.
+        """
+        B, T, g = quantized.shape[:3]
+        cells = self.expand(quantized).flatten(1, 3)                                        # (B, N, width)
+        output = self.decoder(cells + space_time_sines(T, g, cells.shape[-1], cells.device))
+        return self.head(output.mean(1))[:, :self.config.words - len(SPECIAL)]
+
+    def forward(self, frames):
+        """-> words' logits (B, K), ids (B, T, g, g), the codebook and commitment terms of Eq. (7)."""
+        quantized, ids, loss = self.quantizer(self.embed(frames))
+        return self.read_words(quantized), ids, loss
+
+    @torch.no_grad()
+    def tokenize(self, frames):
+        """The semantic labels of MVM: (B, T, 3, H, W) in [0, 1], unmasked -> ids (B, T, g, g)."""
+        return self.quantizer(self.embed(frames))[1]
+
+
+def words_present(ids, mask, words):
+    """y^S of Eq. (6): which words a caption has. ids, mask (B, L) -> float (B, words - 5), special tokens left out."""
+    present = torch.zeros(len(ids), words, device=ids.device)
+    present.scatter_(1, ids * mask, 1.0)                            # padding falls on [PAD], which is cut off
+    return present[:, len(SPECIAL):]
+
+
+# -------------------------------------------------------------------------------------------------------- Training
+# What the scripts share: flags, device, precision, processes, schedule, steps, checkpoints, the log.
+
+
+class InputError(Exception):
+    """What the user gave cannot be used. One line: what is wrong, where, how to mend it; exit status 2."""
+
+
+class NotFinite(InputError):
+    """A loss became infinite or NaN: the run stops and its last checkpoint stays."""
+
+
+def common_flags(description, stage):
+    """The flags that all scripts share; `stage` is the prefix of the preset's settings ("" or "tokenizer_")."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def preset(name):
+        toy, paper = (getattr(config, stage + name) for config in (Config.toy(), Config.paper()))
+        return f"default: the preset's, {toy:g} in toy, {paper:g} in paper"
+
+    add = parser.add_argument
+    add("--data", default="data/toy", metavar="DIR", help="folder of clips with train.jsonl or captions.jsonl; the "
+        "synthetic set is rendered there if the folder does not exist (default: data/toy)")
+    add("--preset", default="toy", metavar="toy|paper", help="sizes and settings (default: toy)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto, the best there is")
+    add("--epochs", type=positive, help=f"passes over the training clips ({preset('epochs')})")
+    add("--max-steps", type=positive, help="end after so many steps, the schedule shortened to them (default: none)")
+    add("--batch-size", type=positive, help="clips a step in all; processes and --accumulate divide them "
+        f"({preset('batch_size')})")
+    add("--accumulate", type=positive, default=1, help="cut each batch in so many parts that are computed one after "
+        "another: less memory, the same gradients (default: 1)")
+    add("--lr", type=float, help=f"peak learning rate ({preset('lr')})")
+    add("--workers", type=int, default=min(2, max(1, (os.cpu_count() or 2) // 2)), help="processes that read clips, "
+        "0: none; changes no result (default here: %(default)s)")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda, else fp32 "
+        "(default: auto)")
+    add("--compile", action="store_true", help="torch.compile the model: slow start, then faster (default: off)")
+    add("--seed", type=int, default=0, help="all randomness follows from it (default: 0)")
+    add("--resume", action="store_true", help="go on from OUT/last.pt, to the same weights as an unbroken run")
+    add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
+    add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions are kept "
+        "(default: a vocabulary is made from the training captions)")
+    return parser
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def configure(args, stage=""):
+    """The preset's Config with what the flags change; the flags left out are filled from it."""
+    presets = {"toy": Config.toy, "paper": Config.paper}
+    if args.preset not in presets:
+        raise InputError(f"--preset {args.preset}: there is no such preset; it is one of {', '.join(presets)}")
+    config = presets[args.preset]()
+    for name in ("epochs", "batch_size", "lr"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(config, stage + name))
+    return config
+
+
+@dataclass
+class Machine:
+    """Where a run computes: device, precision, and this process among the others."""
+    device: torch.device
+    bf16: bool
+    rank: int
+    world: int
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+
+    def total(self, *values):
+        """Sums over all processes of numbers or of a tensor."""
+        tensor = values[0].clone() if torch.is_tensor(values[0]) else torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            tensor = tensor.to(self.device) if self.device.type == "cuda" else tensor
+            dist.all_reduce(tensor)
+        return tensor
+
+    def say(self, *words):
+        if self.main:
+            print(*words, flush=True)
+
+    def first(self, work):
+        """Rank 0 does `work` while the others wait for what it writes."""
+        if self.main:
+            work()
+        if self.world > 1:
+            dist.barrier()
+
+
+def set_up(device="auto", precision="auto"):
+    """The Machine for the flags --device and --precision; under torchrun it joins the process group."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    mps = torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no CUDA device here; --device auto takes what there is")
+    if device == "mps" and not mps:
+        raise InputError("--device mps: PyTorch finds no Apple GPU here; --device auto takes what there is")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")                  # TF32
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    bf16 = precision == "bf16" or (precision == "auto" and device == "cuda")
+    return Machine(torch.device(device), bf16, rank, world)
+
+
+def run_script(main, *user_errors):
+    """Runs a script's main: what the user can mend ends in one line and status 2, Ctrl-C in status 130."""
+    try:
+        main()
+    except (InputError, *user_errors) as error:
+        sys.exit(fail(f"error: {error}", 2))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(fail(f"error: no space left on the disk ({error}); the older checkpoint is whole", 2))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted", 130))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def fail(line, status):
+    print(line, file=sys.stderr, flush=True)
+    return status
+
+
+def make_optimizer(model, lr, weight_decay, device):
+    """AdamW (4.1); no decay on norms, biases and other vectors, which have no size that should be kept small."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, fused=device.type == "cuda")
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def prefetch(loader, device):
+    """Yields (batch on the device, seconds waited for it). On CUDA the next batch is copied while this one computes."""
+    stream = torch.cuda.Stream() if device.type == "cuda" else None
+    batches, ahead = iter(loader), None
+    while True:
+        began = time.perf_counter()
+        following = next(batches, None)
+        waited = time.perf_counter() - began
+        if following is not None:
+            with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+                following = to_device(following, device)
+        if ahead is not None:
+            yield ahead
+        if following is None:
+            return
+        if stream is None:
+            yield following, waited
+        else:
+            torch.cuda.current_stream().wait_stream(stream)
+            for value in following.values():
+                if torch.is_tensor(value):
+                    value.record_stream(torch.cuda.current_stream())
+            ahead = (following, waited)
+
+
+def parts_of(batch, parts):
+    """A batch cut along its clips for --accumulate; the parts keep the order and lose no clip."""
+    size = len(batch["frames"])
+    cut = -(-size // parts)
+    for start in range(0, size, cut):
+        yield {k: v[start:start + cut] if torch.is_tensor(v) or isinstance(v, list) else v for k, v in batch.items()}
+
+
+def save(checkpoint, path):
+    """Writes a checkpoint whole or not at all: a kill or a full disk leaves the older file as it was."""
+    path = Path(path)
+    draft = path.with_name(path.name + ".part")
+    try:
+        with open(draft, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def load(path, kind):
+    """Reads a checkpoint of this project. Never a pickle that could run code: `weights_only`, always.
+
+    Raises InputError, naming the file, if it is none or one of another `kind` ("tokenizer", "pretrain").
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such checkpoint") from None
+    except Exception as error:      # torch.load raises whatever the bytes lead it to
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
+    if not isinstance(checkpoint, dict) or "kind" not in checkpoint or "config" not in checkpoint:
+        raise InputError(f"{path}: not a checkpoint of this project")
+    if checkpoint["kind"] != kind:
+        raise InputError(f"{path}: a checkpoint of kind {checkpoint['kind']!r}, where {kind!r} is wanted")
+    return checkpoint
+
+
+def config_of(checkpoint):
+    """The Config that a checkpoint was trained with, from its plain dict."""
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()})
+
+
+class Run:
+    """A run's folder: last.pt to go on from, best.pt, metrics.jsonl. Only rank 0 writes.
+
+    `settings` are the flags that decide the result; going on with others is refused, but for the length of the run.
+    """
+
+    def __init__(self, folder, kind, config, vocab, settings, machine):
+        self.folder, self.kind, self.machine = Path(folder), kind, machine
+        self.constant = {"kind": kind, "config": {**asdict(config)}, "vocab": vocab, "settings": settings}
+        self.step, self.best = 0, -math.inf
+        self.stop = False           # set by Ctrl-C or SIGTERM: the loop saves after the step it is in, then ends
+
+    def start(self, model, optimizer, resume):
+        """A new folder, or with `resume` the state of last.pt; an older run in the folder is moved aside."""
+        if resume:
+            self.restore(model, optimizer)
+        elif self.machine.main:
+            if any(self.folder.glob("*.pt")):
+                aside = next(p for i in range(1, 10**6) if not (p := Path(f"{self.folder}.{i}")).exists())
+                self.folder.rename(aside)
+                self.machine.say(f"{self.folder} held an older run: moved to {aside} (--resume goes on instead)")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "metrics.jsonl").write_text("")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.ask_to_stop())
+
+    def ask_to_stop(self):
+        if self.stop:
+            raise KeyboardInterrupt     # asked twice: at once
+        self.stop = True
+
+    def restore(self, model, optimizer):
+        checkpoint = load(self.folder / "last.pt", self.kind)
+        for name, value in self.constant["settings"].items():
+            was = checkpoint["settings"].get(name)
+            if was != value and name not in ("epochs", "max_steps"):
+                raise InputError(f"{self.folder}/last.pt was trained with --{name.replace('_', '-')} {was}, not "
+                                 f"{value}: resume with the flags it began with, or choose another --out")
+        if checkpoint["config"] != self.constant["config"] or checkpoint["vocab"] != self.constant["vocab"]:
+            raise InputError(f"{self.folder}/last.pt was trained with another preset or vocabulary")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        self.step, self.best = checkpoint["step"], checkpoint["best"]
+        if self.machine.main:       # evaluations after that step are made again
+            log = self.folder / "metrics.jsonl"
+            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            log.write_text("".join(line + "\n" for line in kept))
+        self.machine.say(f"going on from {self.folder}/last.pt at step {self.step:,}")
+
+    def checkpoint(self, model, optimizer=None):
+        state = {**self.constant, "step": self.step, "best": self.best, "model": model.state_dict()}
+        return state if optimizer is None else {**state, "optimizer": optimizer.state_dict()}
+
+    def save_last(self, model, optimizer):
+        if self.machine.main:
+            save(self.checkpoint(model, optimizer), self.folder / "last.pt")
+
+    def save_best(self, model, score):
+        if score > self.best:
+            self.best = score
+            if self.machine.main:
+                save(self.checkpoint(model), self.folder / "best.pt")
+
+    def log(self, **values):
+        if self.machine.main:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+
+    def metrics(self):
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def table8(config):
+    """Table 8: [(row, parameters, the paper's figure)] of the model that `config` makes, by counting them."""
+    model = EViLM(config)
+    rows = [("Textual Embedding Layer", model.text_embedding, "1.2M"), ("Textual Encoder", model.text_encoder, "2.4M"),
+            ("Textual MLP Layer", model.text_proj, "49.5K"), ("Token Type Emb. Layer", model.token_type, "1.2K"),
+            ("Visual Encoder", model.video_encoder, "5.3M"), ("Visual MLP Layer", model.video_proj, "117K"),
+            ("Multi-Modal Decoder", model.decoder, "7.1M"), ("Multi-modal Pooling Layer", model.pooler, "147K"),
+            ("CLS HEAD", model.vtm_head, "770")]
+
+    def count(part):
+        return part.numel() if torch.is_tensor(part) else sum(p.numel() for p in part.parameters())
+
+    rows = [(name, count(part), paper) for name, part, paper in rows]
+    rows.append(("TOTAL", sum(row[1] for row in rows), "16.3M"))
+    return rows + [("MLM head, not in the total", count(model.mlm_head), "-"),
+                   ("MVM head, not in the total", count(model.mvm_head), "-")]
+
+
+def multiply_adds(config, words=30):
+    """Multiply-adds of one clip and a caption of `words` tokens, part by part, in G: {part: G}.
+
+    Counted by PyTorch over the running model: products of matrices and convolutions, a multiply and an add as one.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    model, tokenizer = EViLM(config).eval(), SemanticTokenizer(config).eval()
+    frames = torch.rand(1, config.frames, 3, config.size, config.size)
+    ids, mask = torch.full((1, words), UNK), torch.ones(1, words, dtype=torch.bool)
+
+    def cost(work, *inputs):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            result = work(*inputs)
+        return counter.get_total_flops() / 2e9, result
+
+    (visual, video), (textual, text) = cost(model.encode_video, frames), cost(model.encode_text, ids, mask)
+    decoder = cost(model.match, video, text, mask)[0]
+    return {"visual": visual, "textual": textual, "decoder": decoder, "model": visual + textual + decoder,
+            "tokenizer": cost(tokenizer.tokenize, frames)[0]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prints Table 8 and the multiply-adds, ours beside the paper's.",
+                                     allow_abbrev=False)
+    parser.add_argument("--preset", default="paper", metavar="toy|paper", help="default: paper")
+    args = parser.parse_args()
+    presets = {"toy": Config.toy(), "paper": Config.paper()}
+    if args.preset not in presets:
+        raise InputError(f"--preset {args.preset}: there is no such preset; it is one of {', '.join(presets)}")
+    config = presets[args.preset]
+    print(f"Table 8, preset {args.preset}\n{'':<28}{'parameters':>12}{'paper':>9}")
+    for name, count, paper in table8(config):
+        print(f"{name:<28}{count:>12,}{paper:>9}")
+    cost = multiply_adds(config)
+    print(f"\nG multiply-adds a clip: {config.frames} frames of {config.size}x{config.size}, 30 words")
+    print(f"  visual {cost['visual']:.2f} ({cost['visual'] / config.frames:.2f} a frame; the paper: 1.26)  +  textual "
+          f"{cost['textual']:.2f}  +  decoder {cost['decoder']:.2f}  =  {cost['model']:.2f}")
+    print(f"  counting a multiply and an add apart: {2 * cost['model']:.1f} GFLOPs (the paper says 12.2, not how counted)")
+    print(f"  the tokenizer's share, if codes are computed online: {cost['tokenizer']:.2f}")
+
+
+if __name__ == "__main__":
+    run_script(main)

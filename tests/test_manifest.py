@@ -1,0 +1,376 @@
+"""Manifests, their splits and the order of the batches."""
+
+import collections
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+from toy_data import clips
+from toy_data.clips import Batches, DataError, Manifest, open_split, open_splits
+
+FIELDS = ("video", "caption")
+
+
+def write(path, rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def rows_of(videos, lines=1):
+    pairs = itertools.product(range(videos), range(lines))
+    return [{"video": f"{video}.gif", "caption": f"caption {video} {line}"} for video, line in pairs]
+
+
+def index_of(path):
+    return path.with_name(f".{path.name}.index.npy")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One manifest
+
+
+def test_a_manifest_is_a_sequence_of_its_rows(tmp_path):
+    rows = [*rows_of(30), {"video": "é/日本.gif", "caption": "naïve – “quotes”\nand a line break", "more": [1]}]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    manifest = Manifest(path, FIELDS)
+    assert len(manifest) == 31 and list(manifest) == rows
+    assert [manifest[i] for i in range(31)] == rows and manifest[-1] == rows[-1]
+    assert manifest.video_path(rows[3]) == tmp_path / "3.gif" and manifest.folder == tmp_path
+    with pytest.raises(IndexError):
+        manifest[31]
+
+
+def test_line_numbers_count_blank_lines_and_any_line_end(tmp_path):
+    path = tmp_path / "train.jsonl"
+    one, two, three = (json.dumps(row).encode() for row in rows_of(3))
+    path.write_bytes(b"\n" + one + b"\r\n\n  \n" + two + b"\n" + three)  # no line end after the last
+    manifest = Manifest(path, FIELDS)
+    assert [row["video"] for row in manifest] == ["0.gif", "1.gif", "2.gif"]
+    assert [manifest.line(i) for i in range(3)] == [2, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "line, wrong",
+    [
+        ("not json", "is not JSON"),
+        ('{"video": "a.gif", "caption": "cut of', "is not JSON"),
+        ('{"video": "a.gif", "caption": "a"} {"video": "b.gif", "caption": "b"}', "more than one"),
+        ('["a.gif", "a"]', "is not a JSON object"),
+        ('{"video": "a.gif"}', 'has no "caption"'),
+        ('{"video": "", "caption": "a"}', '"video" is empty'),
+        ('{"video": "a.gif", "caption": " "}', '"caption" is empty'),
+        ('{"video": "a.gif", "caption": 7}', '"caption" is not a text'),
+        ('{"video": null, "caption": "a"}', '"video" is not a text'),
+        (b'{"video": "a.gif", "caption": "\xff"}', "is not JSON"),
+        pytest.param("[" * 100_000, "is not JSON", id="too deep"),
+    ],
+)
+def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, wrong):
+    path = write(tmp_path / "train.jsonl", rows_of(2))
+    path.write_bytes(path.read_bytes() + b"\n" + (line.encode() if isinstance(line, str) else line) + b"\n")
+    with pytest.raises(DataError, match=re.escape(f"{path}:4: ") + f".*{wrong}.*looks like") as error:
+        Manifest(path, FIELDS)
+    assert "\n" not in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == ["train.jsonl"]  # no index of a bad file
+
+
+@pytest.mark.parametrize(
+    "change, wrong",
+    [
+        ({}, None),
+        ({"question": ""}, None),
+        ({"answer": 2}, "answer"),
+        ({"answer": -1}, "answer"),
+        ({"answer": "a"}, "answer"),
+        ({"answer": True}, "answer"),
+        ({"options": "ab"}, "options"),
+        ({"options": ["a"]}, "options"),
+        ({"options": ["a", 1]}, "options"),
+        ({"question": 3}, "question"),
+    ],
+)
+def test_a_multiple_choice_line_is_checked(tmp_path, change, wrong):
+    row = {"video": "a.gif", "question": "which?", "options": ["a", "b"], "answer": 1} | change
+    path = write(tmp_path / "mc_caption_test.jsonl", [row])
+    if wrong is None:
+        assert open_split(tmp_path, "test", "mc_caption")[0] == row
+    else:
+        with pytest.raises(DataError, match=f'test.jsonl:1: "{wrong}" .*"options": \\["'):
+            Manifest(path, clips.FIELDS["mc"])
+
+
+def test_an_open_answer_may_be_a_text_or_a_number(tmp_path):
+    row = {"video": "a.gif", "question": "how many?", "answer": 3}
+    rows = [row, row | {"answer": "three"}]
+    assert list(Manifest(write(tmp_path / "qa_test.jsonl", rows), clips.FIELDS["qa"])) == rows
+    with pytest.raises(DataError, match='"question" is empty'):
+        Manifest(write(tmp_path / "qa_val.jsonl", [row | {"question": ""}]), clips.FIELDS["qa"])
+
+
+def test_an_empty_or_missing_manifest_says_what_a_line_looks_like(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n \n")
+    with pytest.raises(DataError, match=r'train.jsonl: is empty; .*\{"video": "clips/0007.gif", "caption": '):
+        Manifest(path, FIELDS)
+    with pytest.raises(DataError, match="gone.jsonl: cannot be read"):
+        Manifest(tmp_path / "gone.jsonl", FIELDS)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Its index
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """A list that grows by one whenever a manifest's lines are checked."""
+    made, check = [], clips.check_lines
+
+    def counted(*arguments):
+        made.append(arguments)
+        return check(*arguments)
+
+    monkeypatch.setattr(clips, "check_lines", counted)
+    return made
+
+
+def test_the_index_is_made_once_and_shared_by_memory_map(tmp_path, checks):
+    path = write(tmp_path / "train.jsonl", rows_of(20))
+    first, second = Manifest(path, FIELDS), Manifest(path, FIELDS)
+    assert len(checks) == 1 and isinstance(first.index, np.memmap) and isinstance(second.index, np.memmap)
+    assert list(second) == rows_of(20)
+    assert sorted(os.listdir(tmp_path)) == [index_of(path).name, "train.jsonl"]
+
+
+def test_the_index_is_made_anew_when_the_file_changes(tmp_path, checks):
+    path = write(tmp_path / "train.jsonl", rows_of(20))
+    Manifest(path, FIELDS)
+    write(path, rows_of(25))
+    assert len(Manifest(path, FIELDS)) == 25 and len(checks) == 2
+
+    text, state = path.read_text(), path.stat()
+    path.write_text(text.replace("0.gif", "9.gif"))  # of the same size
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert Manifest(path, FIELDS)[0]["video"] == "9.gif" and len(checks) == 3
+
+
+def test_the_index_is_made_anew_when_other_fields_are_needed(tmp_path, checks):
+    path = write(tmp_path / "train.jsonl", rows_of(20))
+    Manifest(path, ("video",))
+    write(path, [{"video": "a.gif"}])
+    Manifest(path, ("video",))
+    with pytest.raises(DataError, match='has no "caption"'):
+        Manifest(path, FIELDS)
+    assert len(checks) == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY\x01\x00v\x00{'descr'", b"not an array at all"])
+def test_a_damaged_index_is_made_anew(tmp_path, checks, damage):
+    path = write(tmp_path / "train.jsonl", rows_of(20))
+    Manifest(path, FIELDS)
+    index_of(path).write_bytes(damage)
+    assert list(Manifest(path, FIELDS)) == rows_of(20) and len(checks) == 2
+    Manifest(path, FIELDS)
+    assert len(checks) == 2
+
+
+def test_where_no_index_can_be_written_it_stays_in_memory(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError("a read-only folder")
+
+    monkeypatch.setattr(clips.os, "replace", refuse)
+    path = write(tmp_path / "train.jsonl", rows_of(20))
+    manifest = Manifest(path, FIELDS)
+    assert list(manifest) == rows_of(20) and not isinstance(manifest.index, np.memmap)
+    assert sorted(os.listdir(tmp_path)) == ["train.jsonl"]  # nothing half-written either
+
+
+def count_rows(path):
+    return sum(row["video"].endswith(".gif") for row in Manifest(path, FIELDS))
+
+
+def test_processes_may_open_a_new_manifest_at_once(tmp_path):
+    path = write(tmp_path / "train.jsonl", rows_of(3000))
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.map(count_rows, [path] * 8, chunksize=1) == [3000] * 8
+    assert sorted(os.listdir(tmp_path)) == [index_of(path).name, "train.jsonl"]
+
+
+def test_a_pickled_manifest_is_small_and_opens_again(tmp_path):
+    path = write(tmp_path / "captions.jsonl", rows_of(2000))
+    manifest = Manifest(path, FIELDS)
+    assert len(pickle.dumps(manifest)) < 1000
+    assert list(pickle.loads(pickle.dumps(manifest))) == list(manifest)
+    val = open_splits(tmp_path)[0]["val"]
+    assert list(pickle.loads(pickle.dumps(val))) == list(val) and 0 < len(val) < 2000
+
+
+def test_a_file_that_changes_under_its_reader_is_named(tmp_path):
+    path = write(tmp_path / "train.jsonl", rows_of(20))
+    manifest = Manifest(path, FIELDS)
+    write(path, rows_of(1))
+    with pytest.raises(DataError, match="was changed while it was in use"):
+        manifest[15]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def videos_of(manifest):
+    return {row["video"] for row in manifest}
+
+
+def assert_cut_by_video(splits, videos, lines):
+    """No video in two splits, no line lost or doubled."""
+    parts = [videos_of(splits[name]) for name in ("train", "val", "test")]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == videos and all(parts)
+    assert sum(len(split) for split in splits.values()) == videos * lines
+    captions = collections.Counter(row["caption"] for split in splits.values() for row in split)
+    assert set(captions.values()) == {1}
+
+
+def test_three_files_are_taken_as_they_are(tmp_path):
+    for name, videos in (("train", 9), ("val", 4), ("test", 5)):
+        write(tmp_path / f"{name}.jsonl", rows_of(videos))
+    splits, notes = open_splits(tmp_path)
+    assert list(splits) == ["train", "val", "test"] and notes == []
+    assert [list(splits[name]) for name in splits] == [rows_of(9), rows_of(4), rows_of(5)]
+    assert list(open_split(tmp_path, "val")) == rows_of(4)
+
+
+def test_lone_captions_are_split_80_10_10_by_video(tmp_path):
+    write(tmp_path / "captions.jsonl", rows_of(200, lines=3))
+    splits, notes = open_splits(tmp_path)
+    assert_cut_by_video(splits, 200, 3)
+    assert [len(videos_of(splits[name])) for name in ("train", "val", "test")] == [160, 20, 20]
+    assert len(notes) == 1 and "train 480 lines, val 60 lines, test 60 lines" in notes[0]
+    assert {name: list(split) for name, split in open_splits(tmp_path)[0].items()} == {
+        name: list(split) for name, split in splits.items()
+    }
+
+
+@pytest.mark.parametrize("videos", [3, 4, 5, 11])
+def test_every_split_of_few_videos_has_one(tmp_path, videos):
+    write(tmp_path / "captions.jsonl", rows_of(videos, lines=2))
+    assert_cut_by_video(open_splits(tmp_path)[0], videos, 2)
+
+
+def test_two_videos_cannot_be_split(tmp_path):
+    write(tmp_path / "captions.jsonl", rows_of(2, lines=5))
+    with pytest.raises(DataError, match="captions.jsonl: names 2 videos, too few"):
+        open_splits(tmp_path)
+
+
+def test_a_split_depends_on_the_names_alone_and_not_on_their_order(tmp_path):
+    write(tmp_path / "captions.jsonl", rows_of(50))
+    before = {name: videos_of(split) for name, split in open_splits(tmp_path)[0].items()}
+    write(tmp_path / "captions.jsonl", rows_of(50)[::-1])
+    assert {name: videos_of(split) for name, split in open_splits(tmp_path)[0].items()} == before
+
+
+def test_without_val_five_percent_of_the_training_videos_are_cut(tmp_path):
+    write(tmp_path / "train.jsonl", rows_of(200, lines=2))
+    test = [{"video": f"t{v}.gif", "caption": f"test {v}"} for v in range(7)]
+    write(tmp_path / "test.jsonl", test)
+    splits, notes = open_splits(tmp_path)
+    assert list(splits["test"]) == test
+    assert len(videos_of(splits["val"])) == 10 and len(videos_of(splits["train"])) == 190
+    assert not videos_of(splits["val"]) & videos_of(splits["train"])
+    assert len(splits["val"]) == 20 and "no val.jsonl" in notes[0] and "val cut from train" in notes[0]
+    assert list(open_split(tmp_path, "train")) == list(splits["train"])
+
+
+def test_without_test_val_becomes_test_and_val_is_cut_from_train(tmp_path):
+    write(tmp_path / "train.jsonl", rows_of(100))
+    val = [{"video": f"v{v}.gif", "caption": f"val {v}"} for v in range(7)]
+    write(tmp_path / "val.jsonl", val)
+    splits, notes = open_splits(tmp_path)
+    assert list(splits["test"]) == val and len(splits["val"]) == 5 and len(splits["train"]) == 95
+    assert "no test.jsonl, so val.jsonl is the test set; val cut from train" in notes[0]
+
+
+def test_with_train_alone_val_and_test_are_cut_from_it(tmp_path):
+    write(tmp_path / "qa_train.jsonl", [row | {"question": "what?", "answer": "it"} for row in rows_of(100)])
+    splits, notes = open_splits(tmp_path, "qa")
+    assert_cut_by_video(splits, 100, 1)
+    assert (len(splits["train"]), len(splits["val"]), len(splits["test"])) == (90, 5, 5)
+    assert "no qa_val.jsonl and no qa_test.jsonl; val and test cut from train by video" in notes[0]
+
+
+def test_a_test_file_alone_can_be_opened_for_evaluation(tmp_path):
+    write(tmp_path / "test.jsonl", rows_of(4))
+    assert list(open_split(tmp_path, "test")) == rows_of(4)
+    with pytest.raises(DataError, match="has no train.jsonl"):
+        open_splits(tmp_path)
+
+
+def test_a_row_of_a_split_knows_its_line_in_the_file(tmp_path):
+    path = write(tmp_path / "captions.jsonl", rows_of(40))
+    lines = path.read_text().splitlines()
+    for split in open_splits(tmp_path)[0].values():
+        assert [json.loads(lines[split.line(i) - 1]) for i in range(len(split))] == list(split)
+
+
+@pytest.mark.parametrize(
+    "task, names", [("", "train.jsonl and no captions.jsonl"), ("mc_action", "mc_action_train.jsonl")]
+)
+def test_a_folder_without_manifests_says_what_is_missing(tmp_path, task, names):
+    with pytest.raises(DataError, match=f'{tmp_path}: has no {names}; a line looks like {{"video"'):
+        open_splits(tmp_path, task)
+    with pytest.raises(DataError, match="no such folder"):
+        open_splits(tmp_path / "gone", task)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_an_epoch_is_a_permutation_and_its_last_smaller_batch_is_dropped():
+    batches = Batches(length=23, batch_size=5, seed=7, steps=12)
+    keys = list(batches)
+    assert len(batches) == len(keys) == 12 and batches.steps_per_epoch == 4
+    for epoch in range(3):
+        of_epoch = [key for batch in keys[4 * epoch : 4 * epoch + 4] for key in batch]
+        assert {key[0] for key in of_epoch} == {epoch}
+        indices = [key[1] for key in of_epoch]
+        assert len(set(indices)) == 20 and set(indices) <= set(range(23))
+        assert indices != sorted(indices)
+    assert [k for _, k in keys[0]] != [k for _, k in keys[4]]
+    assert keys == list(Batches(23, 5, 7, 12)) != list(Batches(23, 5, 8, 12))
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 6, 11, 12])
+def test_a_run_goes_on_from_any_step_with_the_same_batches(start):
+    rest = Batches(23, 5, 7, 12, start=start)
+    assert list(rest) == list(Batches(23, 5, 7, 12))[start:] and len(rest) == 12 - start
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_the_ranks_share_each_batch_without_overlap(world):
+    whole = list(Batches(23, 5, 7, 12))
+    ranks = [list(Batches(23, 5, 7, 12, rank=rank, world=world)) for rank in range(world)]
+    for step, batch in enumerate(whole):
+        parts = [rank[step] for rank in ranks]
+        assert all(parts) and sorted(sum(parts, [])) == sorted(batch) and sum(map(len, parts)) == 5
+
+
+def test_fewer_rows_than_a_batch_are_one_batch_an_epoch():
+    batches = Batches(length=3, batch_size=8, seed=0, steps=4)
+    assert batches.steps_per_epoch == 1
+    assert [sorted(batch) for batch in batches] == [[(epoch, i) for i in range(3)] for epoch in range(4)]
+
+
+def test_a_batch_too_small_for_the_processes_is_an_error():
+    with pytest.raises(DataError, match="a batch of 2 clips cannot be shared by 4 processes"):
+        Batches(length=2, batch_size=8, seed=0, steps=4, world=4)
+
+
+def test_keys_are_plain_numbers():
+    assert all(type(number) is int for batch in Batches(9, 4, 0, 3) for key in batch for number in key)

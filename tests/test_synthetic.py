@@ -1,0 +1,460 @@
+"""The synthetic set says what it shows: every claim of toy_data/synthetic.py, on a set rendered once."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from toy_data import synthetic
+from toy_data.__main__ import main
+from toy_data.clips import DataError, is_true
+from toy_data.synthetic import COLOURS, FORMS, HELD_OUT, SHAPES, render
+
+ROOT = Path(__file__).parents[1]
+SPLITS = ("train", "val", "test")
+CHOICES = ("mc_caption", "mc_action", "mc_transition")
+CLIPS = 500
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("synthetic") / "toy"
+    render(out, clips=CLIPS, seed=1, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def read(folder):
+    return lambda name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def shown():
+    """What every clip shows, by its name; test.jsonl holds but some of them."""
+    scenes, _ = synthetic.plan(CLIPS, 1)
+    return {synthetic.video_name(number): scene.shows() for number, scene in enumerate(scenes)}
+
+
+@pytest.fixture(scope="session")
+def full():
+    """The rows of the default set, which nothing draws."""
+    return synthetic.plan(4000, 0)[1]
+
+
+def frames_of(path):
+    with Image.open(path) as clip:
+        return np.stack([seek(clip, t) for t in range(clip.n_frames)]).astype(int)
+
+
+def seek(clip, t):
+    clip.seek(t)
+    return np.array(clip.convert("RGB"))
+
+
+def first_of(shown, motion):
+    """(name, what it shows) of the first clip of one thing that moves so."""
+    return next((name, shows) for name, shows in shown.items() if len(shows) == 2 and shows[0][3] == motion)
+
+
+def groups_of(rows):
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["question"], tuple(row["options"])].append(row)
+    return groups.values()
+
+
+# ---- what is on disk ---------------------------------------------------------------------------------------
+
+def test_all_files_and_clips_are_there(folder, read, shown):
+    names = ("", "mc_caption_", "mc_action_", "mc_transition_", "qa_", "action_")
+    wanted = {f"{name}{split}.jsonl" for name in names for split in SPLITS} | {"clips", "set.json"}
+    assert {path.name for path in folder.iterdir()} == wanted
+    assert {f"clips/{path.name}" for path in (folder / "clips").iterdir()} == set(shown)
+    assert len(shown) == CLIPS
+    card = json.loads((folder / "set.json").read_text())
+    assert card == {"name": "synthetic", "clips": CLIPS, "seed": 1, "version": 1}
+    assert (len(read("train")), len(read("val"))) == (CLIPS * 8 // 10, CLIPS // 10)
+
+
+def test_a_clip_has_twelve_frames_of_96_pixels(folder, shown):
+    assert {frames_of(folder / name).shape for name in list(shown)[::7]} == {(12, 96, 96, 3)}
+
+
+def test_the_manifest_says_what_was_drawn(read, shown):
+    for split in SPLITS:
+        assert all(row["shows"] == shown[row["video"]] for row in read(split))
+
+
+def test_colours_are_far_from_each_other_and_from_every_background():
+    colours = np.array(list(COLOURS.values()))
+    shades = np.concatenate([colours, *synthetic.BACKGROUNDS.values()])
+    apart = np.linalg.norm(colours[:, None] - shades, axis=-1)
+    assert np.sort(apart, 1)[:, 1].min() > 80       # the nearest is the colour itself
+
+
+@pytest.mark.parametrize("background", synthetic.BACKGROUNDS)
+def test_a_thing_stands_out_on_every_background(folder, shown, background):
+    """Some frame has a good patch of each colour that is shown, and no frame has one of another."""
+    palette = np.array(list(COLOURS.values()))
+    here = [(name, shows) for name, shows in shown.items() if shows[-1][1] == background]
+    assert len(here) > 30
+    for name, shows in here[::5]:
+        near = abs(frames_of(folder / name)[:, :, :, None] - palette).max(-1) <= 8
+        patches = dict(zip(COLOURS, near.sum((1, 2)).max(0)))
+        seen = {colour for colour in COLOURS if patches[colour] > 60}
+        assert seen == {thing[0] for thing in shows[:-1]}, name
+
+
+def centre(frames, colour):
+    """(T, 2): the middle (x, y) of the pixels of a colour in each frame."""
+    near = abs(frames - np.array(COLOURS[colour])).max(-1) <= 8
+    return np.array([[axis.mean() for axis in np.nonzero(frame)[::-1]] for frame in near])
+
+
+@pytest.mark.parametrize("motion, way", [
+    ("left", (-1, 0)), ("right", (1, 0)), ("up", (0, -1)), ("down", (0, 1)), ("still", (0, 0)),
+])
+def test_a_plain_motion_goes_its_way(folder, shown, motion, way):
+    for name, shows in [item for item in shown.items() if len(item[1]) == 2 and item[1][0][3] == motion][:5]:
+        moved = np.diff(centre(frames_of(folder / name), shows[0][0])[[0, -1]], axis=0)[0]
+        assert (np.sign(np.round(moved / 20)) == way).all(), (name, shows, moved)
+
+
+def test_a_transition_is_two_motions(folder, shown):
+    name, shows = first_of(shown, "left-then-up")
+    path = centre(frames_of(folder / name), shows[0][0])
+    first, second = path[5] - path[0], path[11] - path[6]
+    assert first[0] < -12 and abs(first[1]) < 3 and abs(second[0]) < 3 and second[1] < -12
+
+
+@pytest.mark.parametrize("action", synthetic.ACTIONS)
+@pytest.mark.parametrize("count, times", [("twice", 2), ("thrice", 3)])
+def test_an_action_is_seen_as_often_as_it_is_said(folder, shown, action, count, times):
+    name, shows = first_of(shown, f"{action}-{count}")
+    frames = frames_of(folder / name)[:, 1:, 1:]
+    differs = (abs(frames - frames[0]).max(-1) > 8).sum((1, 2)) > 40
+    assert np.sum(differs[1:] & ~differs[:-1]) == times and not differs[-1] and 4 <= differs.sum() <= 8
+
+
+# ---- splits ------------------------------------------------------------------------------------------------
+
+def test_no_scene_and_no_clip_is_in_two_splits(read, shown):
+    """By the multiple-choice files, which name every clip of every split."""
+    seen = [{row["video"] for kind in CHOICES for row in read(f"{kind}_{split}")} for split in SPLITS]
+    assert sum(map(len, seen)) == CLIPS == len(set.union(*seen))
+    scenes = [{json.dumps(shown[name]) for name in names} for names in seen]
+    assert not scenes[0] & scenes[1] and not scenes[0] & scenes[2] and not scenes[1] & scenes[2]
+    for split, names in zip(SPLITS, seen):
+        for file in (split, f"qa_{split}", f"action_{split}"):
+            assert {row["video"] for row in read(file)} <= names
+
+
+def held_out(things):
+    return any(tuple(thing[:2]) in HELD_OUT for thing in things)
+
+
+def test_held_out_pairs_are_in_test_alone(read, shown):
+    for split in ("train", "val"):
+        assert not any(held_out(row["shows"]) or held_out(row["says"]) for row in read(split))
+        options = [claim for kind in CHOICES for row in read(f"{kind}_{split}") for claim in row["says"]]
+        assert options and not any(map(held_out, options))
+    rows = [row for kind in CHOICES for row in read(f"{kind}_test")]
+    assert 0.08 < np.mean([row["unseen"] for row in rows]) < 0.35
+    for row in rows + read("qa_test") + read("action_test") + read("test"):
+        assert row["unseen"] == held_out(shown[row["video"]])
+
+
+def test_the_default_test_has_its_share_of_held_out_pairs(full):
+    rows = [row for kind in CHOICES for row in full[f"{kind}_test"]]
+    assert 0.14 <= np.mean([row["unseen"] for row in rows]) <= 0.2
+    # As distractors they occur too, and the words of each pair are in train, apart.
+    assert any(held_out(claim) for row in rows if not row["unseen"] for claim in row["says"])
+    words = {word for row in full["train"] for thing in row["says"] for word in thing}
+    assert all({colour, shape} <= words for colour, shape in HELD_OUT)
+    assert len(full["test"]) == 200
+
+
+def test_all_words_of_val_and_test_occur_in_train_captions():
+    for seed in range(3):
+        _, files = synthetic.plan(500, seed)
+        words = {word for row in files["train"] for word in row["caption"].split()}
+        for split in ("val", "test"):
+            said = [row["caption"] for row in files[split]]
+            for kind in CHOICES:
+                said += [option for row in files[f"{kind}_{split}"] for option in row["options"]]
+            assert {word for text in said for word in text.split()} <= words
+        answers = {row["answer"] for row in files["qa_train"]}
+        assert {row["answer"] for split in ("val", "test") for row in files[f"qa_{split}"]} <= answers
+
+
+def test_a_caption_keeps_to_known_words():
+    scene = synthetic.Scene((synthetic.Thing("red", "circle", "large", "left"),), "grass")
+    known = set("a large red circle moves left on grass".split())
+    for seed in range(30):
+        caption, _ = synthetic.draw_caption(np.random.default_rng(seed), scene, set(), known, set())
+        assert set(caption.split()) <= known
+
+
+@pytest.mark.parametrize("clips", [45, 47, 100])
+def test_small_sets_have_every_kind_in_every_split(clips):
+    scenes, files = synthetic.plan(clips, 3)
+    assert len(scenes) == clips // 5 * 5
+    assert all(files[f"{name}_{split}"] for name in (*CHOICES, "qa", "action") for split in SPLITS)
+
+
+# ---- captions ----------------------------------------------------------------------------------------------
+
+MEANINGS = {form: word for word, forms in FORMS.items() for form in forms if word != "order"}
+MEANINGS |= {name: name for name in (*COLOURS, *SHAPES)}
+
+
+def test_the_claims_are_what_the_words_say(read):
+    """Each colour, shape, size, action, direction and background that is said is claimed, and no other."""
+    counted = {"twice": "twice", "two times": "twice", "three times": "thrice", "thrice": "thrice"}
+    for row in [row for split in SPLITS for row in read(split)]:
+        caption = row["caption"].replace("two times", "twice").replace("three times", "thrice").split()
+        claimed = Counter(part for thing in row["says"] for word in thing for part in word.split("-"))
+        for word in (*COLOURS, *SHAPES, "large", "small", *synthetic.ACTIONS, *synthetic.BACKGROUNDS,
+                     "twice", "thrice", "up", "down", "top", "bottom"):
+            said = sum(counted.get(w, MEANINGS.get(w, w)) == word for w in caption)
+            assert said == claimed[word], (word, row)
+        for word in ("left", "right"):
+            halves = sum(f"{word}-half" in thing for thing in row["says"])
+            assert row["caption"].count(f"on the {word}") == halves, (word, row)
+            assert caption.count(word) == claimed[word], (word, row)
+
+
+def test_every_caption_is_true_of_its_clip(read):
+    for split in SPLITS:
+        assert all(is_true(row["says"], row["shows"]) for row in read(split))
+
+
+def test_a_whole_motion_is_not_its_first_half(shown):
+    _, shows = first_of(shown, "left-then-up")
+    colour, shape = shows[0][:2]
+    assert is_true([[colour, shape, "left-then-up"]], shows) and not is_true([[colour, shape, "left"]], shows)
+    _, shows = first_of(shown, "jumps-twice")
+    colour, shape = shows[0][:2]
+    assert is_true([[colour, shape, "jumps"]], shows)
+    assert not is_true([[colour, shape, "jumps-thrice"]], shows)
+
+
+def test_a_retrieval_caption_is_true_of_its_own_clip_alone(read):
+    rows = read("test")
+    assert len({row["caption"] for row in rows}) == len({row["video"] for row in rows}) == len(rows) >= 40
+    for row in rows:
+        assert [other["video"] for other in rows if is_true(row["says"], other["shows"])] == [row["video"]]
+
+
+def test_val_captions_differ(read):
+    captions = [row["caption"] for row in read("val")]
+    assert len(set(captions)) >= 0.97 * len(captions)
+
+
+def test_words_have_a_long_tail(read):
+    rows = read("train")
+    for index in (0, 1):
+        counts = Counter(thing[index] for row in rows for thing in row["says"] if thing[0] != "background")
+        assert max(counts.values()) >= 4 * min(counts.values()) and len(counts) == (9, 7)[index]
+    words = Counter(word for row in rows for word in row["caption"].split())
+    assert 70 <= len(words) <= 100
+    for word in ("moves", "large", "circle"):
+        usual, *others = FORMS[word]
+        assert words[usual] > 1.5 * sum(words[other] for other in others)
+
+
+def test_captions_are_short_and_mostly_content(read):
+    rows = read("train")
+    for things, least, most in ((1, 5, 9), (2, 9, 14)):
+        lengths = [len(row["caption"].split()) for row in rows if len(row["shows"]) == things + 1]
+        assert least <= np.mean(lengths) <= most
+    named = np.mean([any("background" in thing for thing in row["says"]) for row in rows])
+    assert 0.1 < named < 0.3
+    function_words = {"a", "an", "the", "there", "is", "that", "and", "then", "in", "on", "at", "while"}
+    assert np.mean([word in function_words for row in rows for word in row["caption"].split()]) < 0.4
+
+
+def test_caption_groups_say_what_changes(read):
+    """A clip's own caption tells it from the other four of its group."""
+    said = {row["video"]: row for row in read("train")}
+    for group in groups_of(read("mc_caption_train")):
+        for row in group:
+            own = said[row["video"]]["says"]
+            assert [is_true(own, said[other["video"]]["shows"]) for other in group].count(True) == 1
+
+
+# ---- questions ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", CHOICES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_each_option_is_the_answer_once_and_the_others_are_false(read, shown, kind, split):
+    rows = read(f"{kind}_{split}")
+    assert Counter(row["answer"] for row in rows) == {answer: len(rows) // 5 for answer in range(5)}
+    for group in groups_of(rows):
+        # Two groups may well ask the same, in the same order.
+        assert Counter(row["answer"] for row in group) == {answer: len(group) // 5 for answer in range(5)}
+    for row in rows:
+        assert len(set(row["options"])) == len(row["says"]) == 5
+        assert bool(row["question"]) == (kind != "mc_caption")
+        true = [is_true(claim, shown[row["video"]]) for claim in row["says"]]
+        assert true == [answer == row["answer"] for answer in range(5)]
+
+
+def test_the_order_of_options_is_random(full):
+    rows = full["mc_action_train"]
+    for action in synthetic.ACTIONS:
+        places = Counter(row["options"].index(action) for row in rows)
+        assert len(places) == 5 and min(places.values()) > 0.1 * len(rows)
+
+
+def test_options_differ_in_the_changed_attributes_alone(read):
+    """Without the named attributes all five claims are one; any two differ in one or two words."""
+    for row in [row for split in SPLITS for row in read(f"mc_caption_{split}")]:
+        kept = []
+        for claim in row["says"]:
+            words = [word for thing in claim for word in thing]
+            names = ["colour"] if row["changed"] == ["binding"] else row["changed"]
+            changing = {word for name in names for word in synthetic.VALUES[name]}
+            kept.append([word for word in words if word not in changing])
+        assert all(words == kept[0] for words in kept)
+        for a in row["says"]:
+            for b in row["says"]:
+                differing = sum(x != y for s, t in zip(a, b) for x, y in zip(s, t))
+                assert a == b or 1 <= differing <= 2
+
+
+def test_all_kinds_of_change_occur(full):
+    changed = Counter("+".join(row["changed"]) for row in full["mc_caption_train"])
+    assert set(changed) == {"+".join(changes) for changes, _ in synthetic.CHANGES} and len(changed) == 8
+    assert min(changed.values()) >= 40 and max(changed, key=changed.get) in ("colour", "shape")
+    assert changed["binding"] >= 150
+
+
+def test_a_question_has_one_answer(read, shown):
+    for row in [row for split in SPLITS for row in read(f"qa_{split}")]:
+        *things, (_, background) = shown[row["video"]]
+        words = row["question"].rstrip("?").split()
+        named = [thing for thing in things if set(thing).issuperset(set(words) & {*COLOURS, *SHAPES})]
+        answers = {
+            "count": [("one", "two")[len(things) - 1]], "background": [background],
+            "colour": [thing[0] for thing in named], "shape": [thing[1] for thing in named],
+            "where": [thing[-2].removesuffix("-half") for thing in named],
+        }
+        assert answers[row["kind"]] == [row["answer"]], row
+
+
+def test_motion_labels(read, shown):
+    labels = Counter()
+    for row in [row for split in SPLITS for row in read(f"action_{split}")]:
+        shows = shown[row["video"]]
+        assert len(shows) == 2 and row["label"] in shows[0] and "then" not in shows[0][3]
+        labels[row["label"]] += 1
+    assert set(labels) == {*synthetic.PLAIN, *synthetic.ACTIONS}
+
+
+# ---- rendering ---------------------------------------------------------------------------------------------
+
+def digest(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(str(path.relative_to(folder)), hashlib.md5(path.read_bytes()).hexdigest()) for path in files]
+
+
+def test_same_bytes_whatever_the_number_of_workers(tmp_path):
+    render(tmp_path / "one", clips=100, seed=5, workers=1)
+    render(tmp_path / "two", clips=100, seed=5, workers=2)
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+
+def test_another_seed_is_another_set(tmp_path):
+    for seed in (5, 6):
+        render(tmp_path / str(seed), clips=45, seed=seed)
+    five, six = dict(digest(tmp_path / "5")), dict(digest(tmp_path / "6"))
+    assert all(five[name] != six[name] for name in five) and set(five) == set(six)
+
+
+def test_a_set_is_rendered_once_and_never_over_another(tmp_path, capsys):
+    out = tmp_path / "toy"
+    render(out, clips=45)
+    before = digest(out)
+    render(out, clips=45)
+    assert "holds this set already" in capsys.readouterr().out and digest(out) == before
+    with pytest.raises(DataError, match="--out"):
+        render(out, clips=50)
+    with pytest.raises(DataError, match="--out"):
+        render(out, clips=45, seed=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="--out"):
+        render(tmp_path / "mine", clips=45)
+    assert digest(out) == before and (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("clips, seed, flag", [(44, 0, "--clips 44: at least 45"), (45, -1, "--seed -1")])
+def test_what_cannot_be_is_refused(tmp_path, clips, seed, flag):
+    with pytest.raises(DataError, match=flag):
+        render(tmp_path / "toy", clips=clips, seed=seed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_render_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(folder, seed, number_and_scene):
+        if number_and_scene[0] == 20:
+            raise KeyboardInterrupt
+        write_clip(folder, seed, number_and_scene)
+
+    write_clip = synthetic.write_clip
+    monkeypatch.setattr(synthetic, "write_clip", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render(tmp_path / "toy", clips=45)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+def type_in(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["toy_data", *map(str, arguments)])
+    main()
+
+
+def test_the_command_renders_shows_and_says_what_is_next(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "toy"
+    type_in(monkeypatch, "--out", out, "--clips", 60)
+    assert not (out / "sheet.png").exists()
+    type_in(monkeypatch, "--out", out, "--clips", 60, "--show")     # for a set that is there already, too
+    said = capsys.readouterr().out
+    assert "60 clips" in said and said.endswith(f"next: python pretrain.py --data {out}\n")
+    assert (out / "sheet.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("--clips", 10), "--clips 10: at least 45"), (("--out", __file__), "--out"), (("--cl", 45), "--cl"),
+])
+def test_bad_input_ends_with_status_2(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        type_in(monkeypatch, *arguments)
+    assert end.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_says_interrupted(tmp_path):
+    """To the whole group of processes, as a terminal sends it."""
+    command = [sys.executable, "-m", "toy_data", "--out", tmp_path / "toy", "--clips", "1000"]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob(".*/clips/*.gif")) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 130 and said.endswith("interrupted\n") and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
