@@ -27,18 +27,21 @@ import errno
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------- Config
 
@@ -53,7 +56,7 @@ class Config:
     depths: tuple = (3, 3, 9, 3)        # blocks a stage
     dims: tuple = (48, 96, 160, 304)    # channels a stage
     kernels: tuple = (3, 5, 7, 9)       # depth-wise kernel a stage
-    scales: tuple = (1, 2, 2, 3, 4)[1:] # parts of the split depth-wise cascade; stage 1 has none
+    scales: tuple = (2, 2, 3, 4)        # parts of the split depth-wise cascade a stage; stage 1 has none
     xca_heads: int = 8
     layer_scale: float = 1e-6           # what each block is multiplied by at first
     # language encoder: a BERT of 12 layers, 128 wide
@@ -92,6 +95,10 @@ class Config:
     tokenizer_epochs: int = 10
     tokenizer_batch_size: int = 64
     tokenizer_lr: float = 2e-4
+    # The paper's tokenizer starts from CLIP. One that starts from nothing collapses: its vectors run to one point,
+    # where Eq. (7) costs nothing. Then words are learned first, for a share of the steps, from E(X) unquantized.
+    tokenizer_warm: float = 0.0
+    word_weight: float = 1.0            # factor on L_TOKEN in Eq. (7), whose 1/K makes it small beside the code terms
 
     @property
     def grid(self):
@@ -109,7 +116,8 @@ class Config:
                    text_width=64, text_layers=2, text_heads=4, max_words=24, width=128, decoder_layers=3,
                    decoder_heads=4, dropout=0.0, codes=64, code_dim=16, vit_width=96, vit_layers=3, vit_heads=4,
                    tokenizer_width=96, tokenizer_layers=2, tokenizer_heads=4, augment=False, batch_size=32,
-                   epochs=8, lr=1e-3, tokenizer_epochs=4, tokenizer_batch_size=32, tokenizer_lr=1e-3)
+                   epochs=8, lr=1e-3, tokenizer_epochs=5, tokenizer_batch_size=32, tokenizer_lr=1e-3,
+                   tokenizer_warm=0.4, word_weight=30.0)
 
 
 # --------------------------------------------------------------------------------------------------- Video encoder
@@ -639,6 +647,11 @@ class VectorQuantizer(nn.Module):
         return x + (codes - x).detach(), ids, loss                  # straight-through: E(X) gets the codes' gradient
 
     @torch.no_grad()
+    def start(self, vectors, generator):
+        """The codebook starts at encoder outputs drawn at random: vectors (n, dim)."""
+        self.revive(torch.zeros(len(self.codebook), dtype=torch.bool), vectors, generator)
+
+    @torch.no_grad()
     def revive(self, used, vectors, generator):
         """Codes that no cell chose of late move to encoder outputs drawn at random: used (M,) bool, vectors (n, dim).
 
@@ -647,7 +660,6 @@ class VectorQuantizer(nn.Module):
         dead = (~used).nonzero().flatten()
         drawn = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)
         self.codebook[dead] = F.normalize(vectors[drawn].float(), dim=-1)
-        return len(dead)
 
 
 class SemanticTokenizer(nn.Module):
@@ -662,8 +674,10 @@ class SemanticTokenizer(nn.Module):
         self.expand = nn.Linear(c.code_dim, c.tokenizer_width)
         self.decoder = Transformer(c.tokenizer_layers, c.tokenizer_width, c.tokenizer_heads)
         self.head = nn.Linear(c.tokenizer_width, c.vocab_rows - len(SPECIAL))
-        for part in (self.encoder.blocks, self.proj, self.expand, self.decoder, self.head):
+        for part in (self.encoder.blocks, self.proj, self.decoder, self.head):
             part.apply(initialise)
+        nn.init.normal_(self.expand.weight)         # what comes in are unit vectors: this makes each number of size 1
+        nn.init.constant_(self.head.bias, -3.0)     # words are rare, as in the focal loss's own paper (Lin et al.)
 
     def embed(self, frames):
         """E(X): (B, T, 3, H, W) in [0, 1] -> (B, T, g, g, code_dim)."""
@@ -683,9 +697,15 @@ class SemanticTokenizer(nn.Module):
         output = self.decoder(cells + space_time_sines(T, g, cells.shape[-1], cells.device))
         return self.head(output.mean(1))[:, :self.config.words - len(SPECIAL)]
 
-    def forward(self, frames):
-        """-> words' logits (B, K), ids (B, T, g, g), the codebook and commitment terms of Eq. (7)."""
-        quantized, ids, loss = self.quantizer(self.embed(frames))
+    def forward(self, frames, quantize=True):
+        """-> words' logits (B, K), ids (B, T, g, g), the codebook and commitment terms of Eq. (7).
+
+        Without `quantize` the words are read from E(X) itself, l2-normalised, and the terms count nothing.
+        """
+        embedded = self.embed(frames)
+        quantized, ids, loss = self.quantizer(embedded)
+        if not quantize:
+            quantized, loss = F.normalize(embedded, dim=-1), 0.0 * loss
         return self.read_words(quantized), ids, loss
 
     @torch.no_grad()
@@ -768,30 +788,23 @@ def configure(args, stage=""):
 
 @dataclass
 class Machine:
-    """Where a run computes: device, precision, and this process among the others."""
+    """Where a run computes: the device, the precision, and this process among the others."""
     device: torch.device
-    bf16: bool
-    rank: int
-    world: int
+    bf16: bool = False
+    rank: int = 0
+    world: int = 1
 
     @property
     def main(self):
         return self.rank == 0
 
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
-
-    def total(self, *values):
-        """Sums over all processes of numbers or of a tensor."""
-        tensor = values[0].clone() if torch.is_tensor(values[0]) else torch.tensor(values, dtype=torch.float64)
-        if self.world > 1:
-            tensor = tensor.to(self.device) if self.device.type == "cuda" else tensor
-            dist.all_reduce(tensor)
-        return tensor
+    def __str__(self):
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{name}, {'bf16' if self.bf16 else 'fp32'}" + f", {self.world} processes" * (self.world > 1)
 
     def say(self, *words):
         if self.main:
-            print(*words, flush=True)
+            tqdm.write(" ".join(map(str, words)))
 
     def first(self, work):
         """Rank 0 does `work` while the others wait for what it writes."""
@@ -799,6 +812,43 @@ class Machine:
             work()
         if self.world > 1:
             dist.barrier()
+
+    def alone(self):
+        """This process by itself, for what rank 0 does after the others have ended."""
+        return Machine(self.device, self.bf16)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+
+    def wrap(self, model, compiled):
+        """The model as it is called in training: compiled where asked for, and over several processes by PyTorch's
+        DistributedDataParallel, which averages their gradients."""
+        model = torch.compile(model, dynamic=True) if compiled else model
+        return DistributedDataParallel(model) if self.world > 1 else model
+
+    def parts(self, model, batch, parts):
+        """A batch cut along its clips for --accumulate: pairs (part, context). Gradients meet after the last alone."""
+        size = len(batch["frames"])
+        cut = -(-size // parts)
+        for start in range(0, size, cut):
+            last = start + cut >= size
+            waits = contextlib.nullcontext() if last or self.world == 1 else model.no_sync()
+            yield {name: value[start:start + cut] for name, value in batch.items()}, waits
+
+    def total(self, values):
+        """The sum over all processes of a tensor or of a list of numbers, as a tensor."""
+        values = values.clone() if torch.is_tensor(values) else torch.tensor(values, dtype=torch.float64)
+        if self.world == 1:
+            return values
+        there = values.to(self.device) if self.device.type == "cuda" else values.cpu()      # nccl's side, or gloo's
+        dist.all_reduce(there)
+        return there.to(values.device)
+
+    def shared(self, tensor):
+        """Rank 0's tensor, on all processes."""
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
 
 
 def set_up(device="auto", precision="auto"):
@@ -860,41 +910,30 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
 def prefetch(loader, device):
     """Yields (batch on the device, seconds waited for it). On CUDA the next batch is copied while this one computes."""
     stream = torch.cuda.Stream() if device.type == "cuda" else None
-    batches, ahead = iter(loader), None
+    ahead = None
+    batches = iter(loader)
     while True:
         began = time.perf_counter()
-        following = next(batches, None)
+        batch = next(batches, None)
         waited = time.perf_counter() - began
-        if following is not None:
-            with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-                following = to_device(following, device)
-        if ahead is not None:
-            yield ahead
-        if following is None:
-            return
+        if batch is not None:
+            with torch.cuda.stream(stream):                         # does nothing where stream is None
+                batch = {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+                         for name, value in batch.items()}
         if stream is None:
-            yield following, waited
-        else:
+            ahead = (batch, waited)
+        if ahead is not None and ahead[0] is not None:
+            yield ahead
+        if batch is None:
+            return
+        if stream is not None:
             torch.cuda.current_stream().wait_stream(stream)
-            for value in following.values():
-                if torch.is_tensor(value):
-                    value.record_stream(torch.cuda.current_stream())
-            ahead = (following, waited)
-
-
-def parts_of(batch, parts):
-    """A batch cut along its clips for --accumulate; the parts keep the order and lose no clip."""
-    size = len(batch["frames"])
-    cut = -(-size // parts)
-    for start in range(0, size, cut):
-        yield {k: v[start:start + cut] if torch.is_tensor(v) or isinstance(v, list) else v for k, v in batch.items()}
+            for value in filter(torch.is_tensor, batch.values()):
+                value.record_stream(torch.cuda.current_stream())    # its memory is not reused before it is read
+            ahead = (batch, waited)
 
 
 def save(checkpoint, path):
@@ -936,21 +975,30 @@ def config_of(checkpoint):
 
 
 class Run:
-    """A run's folder: last.pt to go on from, best.pt, metrics.jsonl. Only rank 0 writes.
+    """A run and its folder: last.pt to go on from, best.pt, metrics.jsonl. Only rank 0 writes.
 
-    `settings` are the flags that decide the result; going on with others is refused, but for the length of the run.
+    `extra` names the flags that decide the result beside the shared ones; going on with others is refused.
     """
+    DECIDE = ("seed", "batch_size", "lr")
+    SAVE_EVERY = 200                                                # steps
 
-    def __init__(self, folder, kind, config, vocab, settings, machine):
-        self.folder, self.kind, self.machine = Path(folder), kind, machine
-        self.constant = {"kind": kind, "config": {**asdict(config)}, "vocab": vocab, "settings": settings}
-        self.step, self.best = 0, -math.inf
-        self.stop = False           # set by Ctrl-C or SIGTERM: the loop saves after the step it is in, then ends
+    def __init__(self, args, kind, config, vocab, extra, machine):
+        self.folder, self.kind, self.machine, self.seed = Path(args.out), kind, machine, args.seed
+        settings = {name: getattr(args, name) for name in (*self.DECIDE, *extra)}
+        self.constant = {"kind": kind, "config": asdict(config), "vocab": vocab, "settings": settings}
+        self.step, self.steps, self.best = 0, 0, -math.inf
+        self.state = {}             # tensors that a script wants to find again after --resume
+        self.stop = False           # set by Ctrl-C and SIGTERM: the step is finished and saved, then the run ends
+        self.pending, self.broken = None, set()
+        self.seconds = self.waited = self.clips = 0
+
+    # ---- beginning, and beginning again
 
     def start(self, model, optimizer, resume):
         """A new folder, or with `resume` the state of last.pt; an older run in the folder is moved aside."""
+        self.model, self.optimizer = model, optimizer
         if resume:
-            self.restore(model, optimizer)
+            self.restore(load(self.folder / "last.pt", self.kind))
         elif self.machine.main:
             if any(self.folder.glob("*.pt")):
                 aside = next(p for i in range(1, 10**6) if not (p := Path(f"{self.folder}.{i}")).exists())
@@ -959,44 +1007,99 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "metrics.jsonl").write_text("")
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self.ask_to_stop())
+            signal.signal(number, self.ask_to_stop)
 
-    def ask_to_stop(self):
+    def ask_to_stop(self, *_):
         if self.stop:
-            raise KeyboardInterrupt     # asked twice: at once
+            raise KeyboardInterrupt                                 # asked twice: at once
         self.stop = True
 
-    def restore(self, model, optimizer):
-        checkpoint = load(self.folder / "last.pt", self.kind)
+    def restore(self, checkpoint):
+        path = self.folder / "last.pt"
         for name, value in self.constant["settings"].items():
-            was = checkpoint["settings"].get(name)
-            if was != value and name not in ("epochs", "max_steps"):
-                raise InputError(f"{self.folder}/last.pt was trained with --{name.replace('_', '-')} {was}, not "
-                                 f"{value}: resume with the flags it began with, or choose another --out")
-        if checkpoint["config"] != self.constant["config"] or checkpoint["vocab"] != self.constant["vocab"]:
-            raise InputError(f"{self.folder}/last.pt was trained with another preset or vocabulary")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        self.step, self.best = checkpoint["step"], checkpoint["best"]
-        if self.machine.main:       # evaluations after that step are made again
-            log = self.folder / "metrics.jsonl"
-            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            log.write_text("".join(line + "\n" for line in kept))
-        self.machine.say(f"going on from {self.folder}/last.pt at step {self.step:,}")
+            if checkpoint["settings"].get(name) != value:
+                raise InputError(f"{path} was trained with --{name.replace('_', '-')} {checkpoint['settings'].get(name)}"
+                                 f", not {value}: resume with the flags it began with, or choose another --out")
+        for name in ("config", "vocab"):
+            if checkpoint[name] != self.constant[name]:
+                raise InputError(f"{path} was trained with another {'preset' if name == 'config' else 'vocabulary'}: "
+                                 "resume with the flags it began with, or choose another --out")
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.step, self.best, self.state = checkpoint["step"], checkpoint["best"], checkpoint["state"]
+        if self.machine.main:       # evaluations after that step, and the final one, are made again
+            kept = [line for line in self.metrics() if line["step"] <= self.step and line["split"] == "val"]
+            (self.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.machine.say(f"going on from {path} at step {self.step:,}")
 
-    def checkpoint(self, model, optimizer=None):
-        state = {**self.constant, "step": self.step, "best": self.best, "model": model.state_dict()}
-        return state if optimizer is None else {**state, "optimizer": optimizer.state_dict()}
+    # ---- the steps
 
-    def save_last(self, model, optimizer):
+    def steps_of(self, loader):
+        """The batches of the steps that are left, with a progress bar; ends the run in order when it is interrupted."""
+        machine, began = self.machine, time.perf_counter()
+        with tqdm(total=self.steps, initial=self.step, unit="step", disable=not machine.main) as bar:
+            for batch, waited in prefetch(loader, machine.device):
+                for line in batch.pop("broken"):
+                    if line not in self.broken:
+                        machine.say(f"broken clip, replaced: {line}")
+                    self.broken.add(line)
+                torch.manual_seed(self.seed * 1_000_003 + self.step * machine.world + machine.rank)     # dropout's
+                yield batch
+                self.clips += len(batch["frames"]) * machine.world
+                self.waited += waited
+                self.seconds = time.perf_counter() - began
+                if self.step % 20 == 0:
+                    bar.set_postfix_str(f"loss {float(self.pending.sum()):.3f}, {self.clips / self.seconds:.0f} clips/s")
+                bar.update()
+                if self.step % self.SAVE_EVERY == 0:
+                    self.save_last()
+                if machine.total([self.stop])[0] > 0:
+                    self.save_last()
+                    machine.say(f"stopped at step {self.step:,}, saved; --resume goes on from there")
+                    raise KeyboardInterrupt
+        self.check_finite()
+
+    def set_learning_rate(self, peak, warmup):
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.steps, peak, warmup)
+
+    def generator(self):
+        """A generator on the CPU for this step, the same on all processes."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+
+    def optimise(self, losses):
+        """One step along the gradients, whose norm is clipped to 1. `losses` are this process's shares of each loss."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.check_finite()
+        self.pending = losses
+        self.step += 1
+
+    def check_finite(self):
+        """Looks at the losses of the step before: by now they are there, and CUDA need not wait for this step's."""
+        if self.pending is not None and not torch.isfinite(self.machine.total(self.pending)).all():
+            raise NotFinite(f"the loss is not finite at step {self.step:,}; {self.folder}/last.pt is from before. "
+                            "A lower --lr or --precision fp32 may help")
+
+    # ---- what it leaves
+
+    def checkpoint(self):
+        return {**self.constant, "step": self.step, "best": self.best, "model": self.model.state_dict()}
+
+    def save_last(self):
+        self.check_finite()
         if self.machine.main:
-            save(self.checkpoint(model, optimizer), self.folder / "last.pt")
+            save({**self.checkpoint(), "state": self.state, "optimizer": self.optimizer.state_dict()},
+                 self.folder / "last.pt")
 
-    def save_best(self, model, score):
+    def save_best(self, score):
+        """Keeps the weights as best.pt if the score is higher than all before."""
+        self.check_finite()
         if score > self.best:
             self.best = score
             if self.machine.main:
-                save(self.checkpoint(model), self.folder / "best.pt")
+                save(self.checkpoint(), self.folder / "best.pt")
 
     def log(self, **values):
         if self.machine.main:
@@ -1005,6 +1108,14 @@ class Run:
 
     def metrics(self):
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def say_speed(self):
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        if self.machine.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**30
+        if self.clips:
+            self.machine.say(f"{self.clips / self.seconds:.0f} clips/s, {self.waited / self.seconds:.1%} of the time "
+                             f"spent waiting for clips, {memory:.2f} GiB at most; broken clips: {len(self.broken)}")
 
 
 def table8(config):

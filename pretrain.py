@@ -16,15 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import train_tokenizer
-from evilm import (MASK, EViLM, InputError, Run, SemanticTokenizer, block_mask, common_flags, config_of, configure,
-                   learning_rate, load, make_optimizer, mask_frames, mask_words, mlm_loss, mvm_loss, parts_of,
-                   prefetch, rank_of_truth, run_script, set_up, to_device, vtm_loss)
-from toy_data import Batches, BrokenClip, ClipCaptions, DataError, open_splits, pictures, read_clip
+from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, common_flags, config_of, configure, load,
+                   make_optimizer, mask_frames, mask_words, mlm_loss, mvm_loss, prefetch, rank_of_truth, run_script, save,
+                   set_up, vtm_loss)
+from toy_data import Batches, BrokenClip, ClipCaptions, DataError, open_splits, pictures, read_clip, spans
 from train_tokenizer import evaluation_loader, make_loader, make_vocabulary, open_clips, pad, scale
 
 LOSSES = {"vtm": vtm_loss, "mlm": mlm_loss, "mvm": mvm_loss}
@@ -89,11 +88,11 @@ class PretrainBatch:
         return {"frames": torch.stack([s["frames"] for s in samples]), "ids": ids, "masked": masked, "mask": mask,
                 "words": chosen[:, 0], "cells": cells, "rows": torch.tensor([s["index"] for s in samples]),
                 "numbers": torch.stack([torch.as_tensor(s["numbers"]) for s in samples]),
-                "broken": [line for s in samples for line in s["broken"]]}
+                "captions": [s["caption"] for s in samples], "broken": [line for s in samples for line in s["broken"]]}
 
 
-def masked_pass(model, batch, codes, objectives):
-    """One masked pass (3.2): {objective: (logits, targets)}. `codes` (B, T, g, g) are MVM's labels."""
+def masked_pass(model, batch, objectives):
+    """One masked pass (3.2) -> {objective: (logits, targets)}; `codes` (B, T, g, g) of the batch are MVM's labels."""
     frames, B = scale(batch["frames"]), len(batch["frames"])
     if "mvm" in objectives:
         frames = mask_frames(frames, batch["cells"])
@@ -101,14 +100,14 @@ def masked_pass(model, batch, codes, objectives):
                           words=batch["words"] if "mlm" in objectives else None,
                           cells=batch["cells"].flatten(1) if "mvm" in objectives else None,
                           mismatched=(batch["masked"][:, 1], batch["mask"][:, 1]) if "vtm" in objectives else None)
-    found = {}
+    predicted = {}
     if vtm is not None:
-        found["vtm"] = vtm, torch.arange(2 * B, device=vtm.device).lt(B).long()         # 1: the pair matches
+        predicted["vtm"] = vtm, torch.arange(2 * B, device=vtm.device).lt(B).long()         # 1: the pair matches
     if mlm is not None:
-        found["mlm"] = mlm, batch["ids"][:, 0][batch["words"]]
+        predicted["mlm"] = mlm, batch["ids"][:, 0][batch["words"]]
     if mvm is not None:
-        found["mvm"] = mvm, codes[batch["cells"]]
-    return found
+        predicted["mvm"] = mvm, batch["codes"][batch["cells"]]
+    return predicted
 
 
 # ---------------------------------------------------------------------------------------------------- the tokenizer
@@ -285,3 +284,274 @@ def copied_codes(codes, cells):
             for other in sorted(set(range(T)) - {t}, key=lambda other: -abs(other - t)):        # the nearest comes last
                 copy[b, t] = torch.where(cells[b, other], copy[b, t], codes[b, other])
     return {"mvm_mode": mode[cells], "mvm_copy": copy[cells]}
+
+
+# ------------------------------------------------------------------------------------------- zero-shot evaluation (4)
+
+
+def read_videos(manifest, rows, config):
+    """The middle frames of the rows' clips -> (frames uint8 (n, T, 3, H, W), the rows whose clips are whole)."""
+    frames, whole = [], []
+    for row in rows:
+        try:
+            clip, _ = read_clip(manifest.video_path(row), lambda count: spans(count, config.frames), config.size)
+        except BrokenClip as error:
+            tqdm.write(f"broken clip, left out: {error}")
+            continue
+        frames.append(torch.from_numpy(clip).permute(0, 3, 1, 2))
+        whole.append(row)
+    return torch.stack(frames) if frames else torch.empty(0), whole
+
+
+def encode_videos(model, frames, machine):
+    """e^V of many clips: frames uint8 (n, T, 3, H, W) -> (n, N, D)."""
+    with machine.autocast():
+        return torch.cat([model.encode_video(scale(part.to(machine.device))) for part in frames.split(50)])
+
+
+def encode_captions(model, captions, wordpiece, machine):
+    """e^L of many captions -> (n, L, D), mask (n, L)."""
+    ids, mask = pad([wordpiece.encode(text, model.config.max_words) for text in captions], model.config.max_words)
+    ids, mask = ids.to(machine.device), mask.to(machine.device)
+    with machine.autocast():
+        return model.encode_text(ids, mask), mask
+
+
+@torch.no_grad()
+def score_retrieval(model, manifest, wordpiece, machine, most=1000):
+    """Text-to-video retrieval by joint scoring: every caption with every video of the split.
+
+    -> (r1, r5, r10, median_rank; and apart for combinations never seen in training), scores (Q, V), frames, rows.
+    """
+    model.eval()
+    rows = [manifest[i] for i in range(min(len(manifest), most))]
+    videos = {row["video"]: row for row in rows}
+    frames, videos = read_videos(manifest, videos.values(), model.config)
+    names = [row["video"] for row in videos]
+    rows = [row for row in rows if row["video"] in names]
+    video = encode_videos(model, frames, machine)
+    text, mask = encode_captions(model, [row["caption"] for row in rows], wordpiece, machine)
+    scores = []
+    for t, m in tqdm(zip(text, mask), desc="joint scoring", total=len(text), unit="caption", leave=False):
+        length = int(m.sum())
+        with machine.autocast():
+            scores.append(torch.cat([model.match(part, t[:length].expand(len(part), -1, -1),
+                                                 m[:length].expand(len(part), -1)) for part in video.split(200)]))
+    scores = torch.stack(scores).cpu()
+    ranks = rank_of_truth(scores, torch.tensor([names.index(row["video"]) for row in rows]))
+    found = {f"r{k}": percent((ranks <= k).sum(), len(ranks)) for k in (1, 5, 10)}
+    found["median_rank"] = float(ranks.float().quantile(0.5))
+    unseen = torch.tensor([bool(row.get("unseen")) for row in rows])
+    found |= {f"r{k}_unseen": percent((ranks[unseen] <= k).sum(), unseen.sum()) for k in (1, 10)} if unseen.any() else {}
+    return found, scores, ranks, frames, names, rows
+
+
+@torch.no_grad()
+def score_choices(model, manifest, wordpiece, machine, most=1000):
+    """Multiple choice without training for it: the option whose caption fits best; a tie is wrong.
+
+    -> {"mc": accuracy, "mc_unseen", and "mc_NAME" for each attribute NAME that the options differ in}.
+    """
+    model.eval()
+    frames, rows = read_videos(manifest, [manifest[i] for i in range(min(len(manifest), most))], model.config)
+    right, asked = Counter(), Counter()
+    for video, row in zip(encode_videos(model, frames, machine), rows):
+        text, mask = encode_captions(model, row["options"], wordpiece, machine)
+        with machine.autocast():
+            scores = model.match(video.expand(len(text), -1, -1), text, mask)[None].cpu()
+        hit = int(rank_of_truth(scores, torch.tensor([row["answer"]]))) == 1
+        changed = row.get("changed", [])
+        for name in ["mc", *["mc_unseen"] * bool(row.get("unseen")), *(f"mc_{name}" for name in changed)]:
+            right[name] += hit
+            asked[name] += 1
+    return {name: right[name] / asked[name] for name in asked}
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def draw_curves(run, objectives, path):
+    """Accuracies on val over the steps, beside what copying gets, and the training losses."""
+    metrics = [line for line in run.metrics() if line["split"] == "val"]
+    names = {"vtm": "matching", "mlm": "masked words", "mvm": "masked cells"}
+
+    def series(name):
+        return [(line["step"], line[name]) for line in metrics if name in line]
+
+    panels = []
+    for objective in objectives:
+        baselines = {"vtm": {"chance": 0.5}}.get(objective) or {
+            key.removeprefix(objective + "_"): metrics[-1][key] for key in metrics[-1]
+            if key in ("mlm_majority", "mlm_other", "mvm_majority", "mvm_mode", "mvm_copy") and key.startswith(objective)}
+        panels.append((f"{names[objective]}, val", {objective: series(objective)}, baselines, True))
+    panels.append(("losses, training", {name: series(f"loss_{name}") for name in objectives}, {}, False))
+    pictures.curves(panels, path, "Pretraining (3.4)")
+
+
+@torch.no_grad()
+def draw_masked(model, loader, labels, machine, path, clips=6):
+    """Frames, what the model saw, and the codes it predicts for what it did not see."""
+    batch = next(prefetch(loader, machine.device))[0]
+    frames, codes, cells = scale(batch["frames"]), labels(batch), batch["cells"]
+    with machine.autocast():
+        video = model.encode_video(mask_frames(frames, cells))
+        text = model.encode_text(batch["ids"][:, 0], batch["mask"][:, 0])
+        guess = model.mvm_head(model.fuse(video, text, batch["mask"][:, 0])[2]).argmax(-1).view_as(codes)
+    pictures.masked([{"frames": batch["frames"][i].permute(0, 2, 3, 1).cpu().numpy(), "mask": cells[i].cpu().numpy(),
+                      "true": codes[i].cpu().numpy(), "predicted": guess[i].cpu().numpy(),
+                      "caption": batch["captions"][i]} for i in range(min(clips, len(codes)))],
+                    path, "Masked video modeling: predicted codes of masked cells")
+
+
+def draw_retrieval(scores, ranks, frames, names, rows, path, queries=8, shown=5):
+    """Queries over the range of ranks, each with the clips that fit it best."""
+    entries = []
+    for q in ranks.argsort()[torch.linspace(0, len(ranks) - 1, min(queries, len(ranks))).long()].tolist():
+        found = [(frames[v].permute(0, 2, 3, 1).numpy(), float(scores[q, v]), names[v] == rows[q]["video"], "")
+                 for v in scores[q].argsort(descending=True)[:shown].tolist()]
+        entries.append({"caption": rows[q]["caption"], "rank": int(ranks[q]), "found": found})
+    pictures.retrieval(entries, path, "Zero-shot text-to-video retrieval, joint scoring")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train(args, machine):
+    """Pretrains as the flags say, from nothing or from where it was, then evaluates best.pt on the test split."""
+    config = configure(args)
+    splits = open_clips(args, machine)
+    wordpiece, config = make_vocabulary(args, config, splits["train"], machine)
+    tokenizer, folder = open_tokenizer(args, config, wordpiece, machine)
+    clips = ClipCaptions(splits["train"], config.frames, config.size, args.seed, train=True, strict=args.strict,
+                         augment=config.augment)
+    torch.manual_seed(args.seed)
+    model = EViLM(config).to(machine.device)
+    for name in set(LOSSES) - set(args.objectives):             # a head without a loss gets no gradient
+        getattr(model, f"{name}_head").requires_grad_(False)
+    model.pooler.requires_grad_("vtm" in args.objectives)
+    optimizer = make_optimizer(model, args.lr, config.weight_decay, machine.device)
+    run = Run(args, "pretrain", config, wordpiece.vocab, ("objectives", "tokenizer"), machine)
+    run.start(model, optimizer, args.resume)
+    online = Labels(tokenizer, machine)
+    labels = label_source(online, folder, splits["train"], config, args, machine)
+
+    epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
+    run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
+    keep = {max(1, round(share * run.steps)): share for share in args.keep_at}
+    batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank, machine.world)
+    collate = PretrainBatch(wordpiece, config, args.objectives, args.seed)
+    held_out = evaluation_loader(splits["val"], collate, config, args, machine)
+    wrapped = machine.wrap(model, args.compile)
+
+    machine.say(f"pretraining on {'+'.join(args.objectives)}: {len(clips):,} clips, {run.steps:,} steps of "
+                f"{batches.batch_size} clips, {machine}")
+    sums = torch.zeros(len(args.objectives), device=machine.device)
+    for batch in run.steps_of(make_loader(clips, batches, collate, args, machine)):
+        run.set_learning_rate(args.lr, config.warmup)
+        batch["codes"] = labels(batch)
+        counts = machine.total([2 * len(batch["frames"]), int(batch["words"].sum()), int(batch["cells"].sum())])
+        counts = dict(zip(LOSSES, counts.tolist()))
+        losses = torch.zeros(len(args.objectives), device=machine.device)
+        for part, sync in machine.parts(wrapped, batch, args.accumulate):
+            with sync:
+                with machine.autocast():
+                    predicted = masked_pass(wrapped, part, args.objectives)
+                # Each loss is a sum over the count of the whole batch; several processes average, hence the factor.
+                shares = [LOSSES[name](*predicted[name], counts[name]) * machine.world for name in args.objectives]
+                sum(shares).backward()                                                                  # Eq. (8)
+            losses += torch.stack(shares).detach() / machine.world
+        run.optimise(losses)
+        sums += losses
+        if run.step in keep and machine.main:
+            save(run.checkpoint(), run.folder / f"at-{keep[run.step]:g}.pt")
+        if run.step % epoch == 0 or run.step == run.steps:
+            since = (run.step - 1) % epoch + 1
+            scores = evaluate(model, held_out, online, wordpiece, args.objectives, machine)
+            trained = machine.total(sums) / since
+            run.log(split="val", **scores, **{f"loss_{name}": float(x) for name, x in zip(args.objectives, trained)})
+            run.save_best(sum(scores[name] for name in args.objectives) / len(args.objectives))
+            machine.say(f"step {run.step:,}, val: " + ", ".join(f"{name} {scores[name]:.1%}" for name in args.objectives))
+            sums.zero_()
+            run.save_last()
+    run.save_last()
+    run.say_speed()
+    if machine.main:
+        finish(model, run, splits, online, collate, args, machine.alone())
+
+
+def label_source(online, folder, manifest, config, args, machine):
+    """Labels kept or online, as --codes says; kept ones need frames that are not augmented."""
+    if online.tokenizer is None:
+        return online
+    if args.codes == "kept" and config.augment:
+        raise InputError(f"--codes kept: the {config.preset} preset crops frames at random, so codes change with them; "
+                         "use --codes online")
+    if args.codes == "online" or config.augment:
+        machine.say("MVM's labels: online, from the tokenizer at each step")
+        return online
+    machine.say("MVM's labels: kept, computed once for every source frame")
+    return Labels(online.tokenizer, machine, *keep_codes(online.tokenizer, folder, manifest, args, machine))
+
+
+def finish(model, run, splits, labels, collate, args, machine):
+    """The final evaluation: best.pt on the test split, zero-shot; pictures; what was learned, against chance."""
+    model.load_state_dict(load(run.folder / "best.pt", "pretrain")["model"])
+    model.eval()
+    wordpiece, config, objectives = collate.wordpiece, model.config, args.objectives
+    loader = evaluation_loader(splits["test"], collate, config, args, machine)
+    scores = evaluate(model, loader, labels, wordpiece, objectives, machine)
+    if labels.tokenizer is not None:
+        tokenizer_scores = train_tokenizer.codebook_in_use(labels.tokenizer, loader, machine)
+        scores |= tokenizer_scores
+        draw_masked(model, loader, labels, machine, run.folder / "masked.png")
+    if "vtm" in objectives:
+        found, *drawn = score_retrieval(model, splits["test"], wordpiece, machine)
+        scores |= found
+        draw_retrieval(*drawn, run.folder / "retrieval.png")
+        scores["retrieval_clips"] = len(drawn[2])
+        try:
+            choices = open_splits(args.data, "mc_caption")[0]["test"]
+        except DataError:
+            machine.say("no multiple choice: the folder has no mc_caption files")
+        else:
+            scores |= score_choices(model, choices, wordpiece, machine)
+    run.log(split="test", **scores)
+    draw_curves(run, objectives, run.folder / "curves.png")
+    for line in report(scores, objectives):
+        print(line)
+    drawn = sorted(path.name for path in run.folder.glob("*.png"))
+    print(f"look at {', '.join(f'{run.folder}/{name}' for name in drawn)}; all figures: {run.folder}/metrics.jsonl")
+    print(f"next: python pretrain.py --objectives vtm,mlm --out {run.folder}-without-mvm   (Table 5: what MVM adds)")
+
+
+def report(s, objectives):
+    """The lines that say what was learned, each against chance or against copying."""
+    yield "on held-out clips (test), zero-shot; in brackets what chance or copying gets"
+    if "vtm" in objectives:
+        yield f"  matching (VTM)       {s['vtm']:6.1%}   (chance 50%)"
+    if "mlm" in objectives:
+        yield (f"  masked words (MLM)   {s['mlm']:6.1%}   (majority word {s['mlm_majority']:.1%}, another clip's frames "
+               f"{s['mlm_other']:.1%}); content words {s['mlm_content']:.1%} ({s['mlm_other_content']:.1%})")
+    if "mvm" in objectives:
+        best = max(("mvm_majority", "mvm_mode", "mvm_copy"), key=s.get)
+        learned = "" if s["mvm"] > s[best] else "   it has learned to copy, no more"
+        yield (f"  masked cells (MVM)   {s['mvm']:6.1%}   (majority code {s['mvm_majority']:.1%}, commonest visible "
+               f"{s['mvm_mode']:.1%}, nearest frame's {s['mvm_copy']:.1%}; {s['distinct']:.1f} codes a frame){learned}")
+        yield (f"  codebook in use      {s['codebook_usage']:6.1%}   perplexity {s['codebook_perplexity']:.1f}")
+    if "mc" in s:
+        apart = ", ".join(f"{name[3:]} {share:.0%}" for name, share in s.items() if name.startswith("mc_"))
+        yield f"  multiple choice      {s['mc']:6.1%}   (chance 20%); {apart}"
+    if "r1" in s:
+        n = s["retrieval_clips"]
+        yield (f"  text-to-video        R@1 {s['r1']:.1%}  R@5 {s['r5']:.1%}  R@10 {s['r10']:.1%}  median rank "
+               f"{s['median_rank']:g} of {n} clips  (chance {1 / n:.1%}, {min(1, 5 / n):.1%}, {min(1, 10 / n):.1%}, "
+               f"{(n + 1) / 2:g})")
+
+
+def main():
+    args = parse()
+    train(args, set_up(args.device, args.precision))
+
+
+if __name__ == "__main__":
+    run_script(main, DataError)

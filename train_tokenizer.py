@@ -7,37 +7,38 @@
 Leaves in --out: last.pt (go on with --resume), best.pt (lowest val loss), metrics.jsonl, curves.png, codebook.png.
 """
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import toy_data
-from evilm import (SPECIAL, InputError, NotFinite, Run, SemanticTokenizer, WordPiece, common_flags, configure,
-                   focal_loss, learning_rate, make_optimizer, prefetch, run_script, set_up, words_present)
+from evilm import (SPECIAL, Config, InputError, Run, SemanticTokenizer, WordPiece, common_flags, configure, focal_loss,
+                   load, make_optimizer, prefetch, run_script, set_up, words_present)
 from toy_data import Batches, ClipCaptions, DataError, pictures
 
 SYNTHETIC = "data/toy"          # rendered on first use; a folder that the user names is never made up
 MOST_EVALUATED = 1000           # clips of a split that one evaluation looks at
 
 
-def parse():
-    parser = common_flags(__doc__.split("\n")[0], stage="tokenizer_")
-    parser.add_argument("--loss", default="focal", choices=["focal", "bce"], help="of the words, Eq. (6) or plain "
+def parse(argv=None):
+    parser = common_flags(__doc__, stage="tokenizer_")
+    toy, paper = Config.toy(), Config.paper()
+    parser.add_argument("--loss", default="focal", choices=["focal", "bce"], help="of the words: Eq. (6), or plain "
                         "binary cross-entropy, which Table 6 compares (default: focal)")
-    parser.add_argument("--word-weight", type=float, default=1.0, help="factor on L_TOKEN in Eq. (7) (default: 1, the "
-                        "paper's)")
+    parser.add_argument("--word-weight", type=float, help="factor on L_TOKEN in Eq. (7) (default: the preset's, "
+                        f"{toy.word_weight:g} in toy, {paper.word_weight:g} in paper)")
+    parser.add_argument("--warm", type=float, help="share of the steps in which words are read from E(X) unquantized, "
+                        "for an encoder that starts from nothing (default: the preset's, "
+                        f"{toy.tokenizer_warm:g} in toy, {paper.tokenizer_warm:g} in paper)")
     parser.add_argument("--revive-after", type=int, default=20, metavar="STEPS", help="move a code that no cell chose "
                         "for so many steps to an encoder output; 0: never, as in the paper (default: 20)")
     parser.add_argument("--out", default="runs/tokenizer", metavar="DIR", help="the run's folder (default: "
                         "runs/tokenizer)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------ clips, captions and vocabulary
@@ -54,8 +55,9 @@ def open_clips(args, machine):
     return splits
 
 
-def make_vocabulary(args, config, captions, machine):
-    """WordPiece for these captions, and the Config with the number of words in use."""
+def make_vocabulary(args, config, manifest, machine):
+    """WordPiece for the training captions, and the Config with the number of words in use."""
+    captions = (row["caption"] for row in manifest)
     if args.vocab:
         try:
             whole = WordPiece(Path(args.vocab).read_text(encoding="utf-8").split("\n"))
@@ -131,12 +133,24 @@ def evaluate(tokenizer, loader, args, machine):
         sums += torch.tensor([n * float(word_loss(args.loss, logits, targets)), n * float(code_loss), n, float(found),
                               float(targets.sum())], dtype=torch.float64)
         counts += torch.bincount(ids.flatten().cpu(), minlength=c.codes)
-    sums, counts = machine.total(sums), machine.total(counts)
-    share = counts[counts > 0] / counts.sum()
+    sums = machine.total(sums)
     tokenizer.train()
     return {"word_loss": float(sums[0] / sums[2]), "code_loss": float(sums[1] / sums[2]),
-            "word_recall": float(sums[3] / sums[4]), "codebook_usage": len(share) / c.codes,
+            "word_recall": float(sums[3] / sums[4]), **usage(machine.total(counts))}
+
+
+def usage(counts):
+    """The paper's vocabulary rate, the share of the codes that occur, and the perplexity of their distribution."""
+    share = counts[counts > 0] / counts.sum()
+    return {"codebook_usage": len(share) / len(counts),
             "codebook_perplexity": float(torch.exp(-(share * share.log()).sum()))}
+
+
+@torch.no_grad()
+def codebook_in_use(tokenizer, loader, machine):
+    """`usage` on the clips of a loader."""
+    ids = [tokenizer.tokenize(scale(batch["frames"])).flatten().cpu() for batch, _ in prefetch(loader, machine.device)]
+    return usage(torch.bincount(torch.cat(ids), minlength=tokenizer.config.codes))
 
 
 def gradients_at_encoder(tokenizer, batch, args):
@@ -153,57 +167,111 @@ def gradients_at_encoder(tokenizer, batch, args):
 
 
 def train(args, machine):
-    """Trains a tokenizer as the flags say and returns its best checkpoint's path."""
+    """Trains a tokenizer as the flags say, from nothing or from where it was, and leaves its pictures."""
     config = configure(args, stage="tokenizer_")
+    config = replace(config, word_weight=config.word_weight if args.word_weight is None else args.word_weight,
+                     tokenizer_warm=config.tokenizer_warm if args.warm is None else args.warm)
     splits = open_clips(args, machine)
-    wordpiece, config = make_vocabulary(args, config, [row["caption"] for row in splits["train"]], machine)
+    wordpiece, config = make_vocabulary(args, config, splits["train"], machine)
     clips = ClipCaptions(splits["train"], config.frames, config.size, args.seed, train=True, strict=args.strict,
                          augment=config.augment, mismatched=False)
     torch.manual_seed(args.seed)
     tokenizer = SemanticTokenizer(config).to(machine.device)
     optimizer = make_optimizer(tokenizer, args.lr, config.weight_decay, machine.device)
-    settings = {name: getattr(args, name) for name in ("epochs", "max_steps", "batch_size", "lr", "seed", "loss",
-                                                       "word_weight", "revive_after")}
-    run = Run(args.out, "tokenizer", config, wordpiece.vocab, settings, machine)
+    run = Run(args, "tokenizer", config, wordpiece.vocab, ("loss", "revive_after"), machine)
     run.start(tokenizer, optimizer, args.resume)
 
-    epoch_steps = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
-    steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    batches = Batches(len(clips), args.batch_size, args.seed, steps, run.step, machine.rank, machine.world)
+    epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
+    run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
+    warm, last_revival = round(config.tokenizer_warm * run.steps), 0.8 * run.steps
+    batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank, machine.world)
     collate = TokenizerBatch(wordpiece, config)
-    loader = make_loader(clips, batches, collate, args, machine)
     held_out = evaluation_loader(splits["val"], collate, config, args, machine)
-    model = torch.compile(tokenizer) if args.compile else tokenizer
-    if machine.world > 1:
-        model = DistributedDataParallel(model)
+    model = machine.wrap(tokenizer, args.compile)
+    used = run.state.get("used", torch.zeros(config.codes)).to(machine.device)
 
-    machine.say(f"tokenizer: {len(clips):,} clips, {steps:,} steps of {args.batch_size} on {machine.device}")
-    used = torch.zeros(config.codes, device=machine.device)
-    broken, bar = set(), tqdm(total=steps, initial=run.step, unit="step", disable=not machine.main)
-    for batch, _ in prefetch(loader, machine.device):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run.step, steps, args.lr, config.warmup)
-        with machine.autocast():
-            logits, ids, code_loss = model(scale(batch["frames"]))
-        words = words_present(batch["ids"], batch["mask"], config.words)
-        loss = args.word_weight * word_loss(args.loss, logits.float(), words) + code_loss      # Eq. (7)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        run.step += 1
-        used += torch.bincount(ids.flatten(), minlength=config.codes)
-        if args.revive_after and run.step % args.revive_after == 0 and run.step < 0.8 * steps:
-            generator = torch.Generator().manual_seed(args.seed + run.step)
-            tokenizer.quantizer.revive(used > 0, tokenizer.embed(scale(batch["frames"])).flatten(0, 3), generator)
+    machine.say(f"tokenizer: {len(clips):,} clips, {run.steps:,} steps of {batches.batch_size} clips, {machine}")
+    for batch in run.steps_of(make_loader(clips, batches, collate, args, machine)):
+        run.set_learning_rate(args.lr, config.warmup)
+        if run.step == warm:
+            tokenizer.quantizer.start(machine.shared(embedded(tokenizer, batch)), run.generator())
+        losses = torch.zeros(2, device=machine.device)
+        for part, sync in machine.parts(model, batch, args.accumulate):
+            with sync, machine.autocast():
+                logits, ids, code_loss = model(scale(part["frames"]), quantize=run.step >= warm)
+                words = words_present(part["ids"], part["mask"], config.words)
+                share = len(ids) / batches.batch_size * machine.world       # of this part in the whole batch's mean
+                word_term = share * word_loss(args.loss, logits.float(), words)
+                loss = config.word_weight * word_term + share * code_loss                               # Eq. (7)
+            loss.backward()
+            losses += torch.stack([word_term.detach(), share * code_loss.detach()])
+            used += torch.bincount(ids.flatten(), minlength=config.codes)
+        run.optimise(losses)
+        if args.revive_after and run.step % args.revive_after == 0 and warm < run.step < last_revival:
+            used = machine.total(used)
+            tokenizer.quantizer.revive(used > 0, machine.shared(embedded(tokenizer, batch)), run.generator())
             used.zero_()
-        bar.update()
-        if run.step % epoch_steps == 0 or run.step == steps:
+        run.state["used"] = used
+        if run.step % epoch == 0 or run.step == run.steps:
             scores = evaluate(tokenizer, held_out, args, machine)
             run.log(split="val", **scores, **gradients_at_encoder(tokenizer, batch, args))
-            print(scores)
-    bar.close()
-    run.save_last(tokenizer, optimizer)
-    run.save_best(tokenizer, 1)
+            run.save_best(-scores["word_loss"] - math.inf * (run.step < warm))
+            machine.say(f"word loss {scores['word_loss']:.4f}, recall {scores['word_recall']:.1%}, "
+                    f"codes in use {scores['codebook_usage']:.1%}")
+            run.save_last()
+    run.say_speed()
+    if machine.main:
+        finish(tokenizer, run, splits, collate, args, machine)
+
+
+def embedded(tokenizer, batch):
+    """E(X) of a batch without gradient: (cells of all clips, code_dim)."""
+    with torch.no_grad():
+        return tokenizer.embed(scale(batch["frames"])).flatten(0, 3)
+
+
+def finish(tokenizer, run, splits, collate, args, machine):
+    """Scores best.pt on the test split, draws the pictures, says what was learned."""
+    alone = machine.alone()
+    tokenizer.load_state_dict(load(run.folder / "best.pt", "tokenizer")["model"])
+    loader = evaluation_loader(splits["test"], collate, tokenizer.config, args, alone)
+    scores = evaluate(tokenizer, loader, args, alone)
+    run.log(split="test", **scores)
+    metrics = [line for line in run.metrics() if line["split"] == "val"]
+    series = {name: [(line["step"], line[name]) for line in metrics] for name in metrics[0] if name != "split"}
+    pictures.curves([("words found, val", {"recall": series["word_recall"]}, {}, True),
+                     ("codes in use, val", {"usage": series["codebook_usage"]}, {}, True),
+                     ("losses, val", {"words": series["word_loss"], "codes": series["code_loss"]}, {}, False)],
+                    run.folder / "curves.png", "Semantic tokenizer (3.3)")
+    draw_codebook(tokenizer, loader, collate.wordpiece, run.folder / "codebook.png", alone)
+    c = tokenizer.config
+    print(f"test: {scores['word_recall']:.1%} of a caption's words are among as many that score highest; "
+          f"{scores['codebook_usage']:.1%} of {c.codes:,} codes in use, perplexity {scores['codebook_perplexity']:.1f}\n"
+          f"look at {run.folder}/codebook.png, {run.folder}/curves.png\n"
+          f"next: python pretrain.py --tokenizer {run.folder}")
+
+
+@torch.no_grad()
+def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8):
+    """What the most used codes stand for: cells that carry each, and the words that it predicts most strongly."""
+    tokenizer.eval()
+    c, counts, cells = tokenizer.config, torch.zeros(tokenizer.config.codes), {}
+    for batch, _ in prefetch(loader, machine.device):
+        ids = tokenizer.tokenize(scale(batch["frames"])).cpu()
+        counts += torch.bincount(ids.flatten(), minlength=c.codes)
+        patches = batch["frames"].cpu().unfold(3, 32, 32).unfold(4, 32, 32)                 # (B, T, 3, g, g, 32, 32)
+        patches = patches.permute(0, 1, 3, 4, 5, 6, 2).flatten(0, 3)
+        for code in ids.unique().tolist():
+            cells.setdefault(code, []).extend(patches[ids.flatten() == code][:2].numpy())   # two a batch: of many clips
+    # A clip that is this one code everywhere: by how much does each word's score exceed its mean over the codes?
+    codebook = F.normalize(tokenizer.quantizer.codebook, dim=-1)[:, None, None, None]
+    scores = tokenizer.read_words(codebook.expand(-1, c.frames, c.grid, c.grid, -1)).sigmoid().cpu()
+    lifts = scores - scores.mean(0)
+    entries = []
+    for code in counts.argsort(descending=True)[:tiles].tolist():
+        words = [(wordpiece.vocab[len(SPECIAL) + k], float(scores[code, k])) for k in lifts[code].topk(4).indices.tolist()]
+        entries.append((f"code {code} · {counts[code] / counts.sum():.1%} of cells", np.stack(cells[code][:crops]), words))
+    pictures.codebook([entry for entry in entries if len(entry[1])], path, "What the most used codes stand for")
 
 
 def main():

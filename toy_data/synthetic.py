@@ -531,7 +531,7 @@ def track(motion, pixels, box, generator):
     active = np.array([frame == "1" for frame in COUNTS.get(count, "0" * FRAMES)])
     sides = np.full(FRAMES, pixels)
     if action == "swells":
-        sides = np.where(active, round(1.15 * pixels), round(0.75 * pixels))
+        sides = np.where(active, min(round(1.15 * pixels), *box[2:]), round(0.75 * pixels))
     room = np.array(box[2:]) - sides.max()
     offsets = np.zeros((FRAMES, 2))
     if action == "jumps":

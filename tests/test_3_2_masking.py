@@ -1,0 +1,176 @@
+"""3.2, masking: blocks of cells in every frame, zeros over their pixels, BERT's masking of words."""
+import math
+
+import pytest
+import torch
+
+from evilm import CLS, MASK, PAD, SEP, block_mask, mask_frames, mask_words
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------------------ frames
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3, 4, 7, 8, 14])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.15, 0.4, 0.5, 0.75, 1.0])
+def test_exactly_the_ratio_is_masked_in_each_frame(grid, ratio):
+    mask = block_mask(12, grid, ratio, generator())
+    assert mask.shape == (12, grid, grid) and mask.dtype == torch.bool
+    assert (mask.sum((1, 2)) == round(ratio * grid * grid)).all()
+
+
+def allowed_blocks(grid, target):
+    """(height, width) that an area within [max(1, target // 5), target] and an aspect within [0.3, 1/0.3] can round to."""
+    smallest = max(1, target // 5)
+
+    def before_rounding(n):
+        return (n - 0.5 if n > 1 else 0.0), (n + 0.5 if n < grid else math.inf)
+
+    sizes = []
+    for height in range(1, grid + 1):
+        for width in range(1, grid + 1):
+            (low, high), (left, right) = before_rounding(height), before_rounding(width)
+            right = min(right, high / 0.3)                  # an edge at the border may have been longer before it was cut
+            high = min(high, right / 0.3)
+            narrow = low / right > 1 / 0.3 or (left and high / left < 0.3)
+            if height * width >= smallest and not narrow and low * left <= target and high * right >= smallest:
+                sizes.append((height, width))
+    return sizes
+
+
+def uncovered(mask, sizes):
+    """The masked cells that no allowed block of nothing but masked cells covers."""
+    left = mask.clone()
+    for height, width in sizes:
+        windows = mask.unfold(0, height, 1).unfold(1, width, 1).all(-1).all(-1)
+        for top, at in windows.nonzero().tolist():
+            left[top:top + height, at:at + width] = False
+    return left.nonzero()
+
+
+@pytest.mark.parametrize("grid, ratio", [(8, 0.4), (14, 0.4), (14, 0.25), (10, 0.7)])
+def test_a_mask_is_allowed_blocks_and_at_most_one_trimmed_one(grid, ratio):
+    target = round(ratio * grid * grid)
+    sizes = allowed_blocks(grid, target)
+    for mask in block_mask(100, grid, ratio, generator()):
+        rest = uncovered(mask, sizes)
+        if len(rest):               # of the last block only as many cells count as were still wanted
+            height, width = (rest.max(0).values - rest.min(0).values + 1).tolist()
+            assert any(height <= h and width <= w for h, w in sizes), mask.int()
+
+
+def neighbours(mask):
+    """The mean number of masked cells beside a masked cell, of four."""
+    pairs = (mask[:, 1:] & mask[:, :-1]).sum() + (mask[:, :, 1:] & mask[:, :, :-1]).sum()
+    return 2 * pairs / mask.sum()
+
+
+def test_masked_cells_stand_together():
+    blocks = block_mask(300, 8, 0.4, generator())
+    single = torch.stack([torch.randperm(64, generator=generator(i)) < 26 for i in range(300)]).view(-1, 8, 8)
+    assert neighbours(single) < 1.6                     # 7/4 of the 4 neighbours exist, 25 of 63 are masked: 1.39
+    assert neighbours(blocks) > 2.2
+
+
+def test_blocks_lie_and_stand_and_reach_every_cell():
+    masks = block_mask(2000, 8, 0.4, generator()).float()
+    often = masks.mean(0)
+    assert often.min() > 0.05 and often.max() < 0.75                        # corners are rarer, none is left out
+    for turned in (often.T, often.flip(0), often.flip(1)):                  # no side and no direction is preferred
+        assert (often - turned).abs().max() < 0.07
+    assert abs((masks[:, 1:] * masks[:, :-1]).mean() - (masks[:, :, 1:] * masks[:, :, :-1]).mean()) < 0.02
+
+    shapes = [(int(m.any(1).sum()), int(m.any(0).sum())) for m in block_mask(300, 14, 0.05, generator())]
+    assert 70 < sum(height > width for height, width in shapes) < 200       # 10 cells: a block or a few
+    assert 70 < sum(width > height for height, width in shapes) < 200
+
+
+def test_each_frame_has_its_own_blocks_and_a_generator_repeats_them():
+    masks = block_mask(50, 8, 0.4, generator(3))
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 50
+    assert torch.equal(masks, block_mask(50, 8, 0.4, generator(3)))
+    assert not torch.equal(masks, block_mask(50, 8, 0.4, generator(4)))
+    torch.manual_seed(7)
+    assert torch.equal(masks, block_mask(50, 8, 0.4, generator(3)))         # nothing comes from the global state
+
+
+def test_masked_pixels_are_zero_and_no_others_change():
+    frames = 0.25 + 0.5 * torch.rand(2, 3, 3, 96, 96)
+    before, chosen = frames.clone(), torch.rand(2, 3, 3, 3) < 0.4
+    masked = mask_frames(frames, chosen)
+    for b, t, y, x in torch.cartesian_prod(*map(torch.arange, chosen.shape)).tolist():
+        cell = slice(None), slice(32 * y, 32 * y + 32), slice(32 * x, 32 * x + 32)
+        expected = torch.zeros(3, 32, 32) if chosen[b, t, y, x] else before[b, t][cell]
+        assert torch.equal(masked[b, t][cell], expected)
+    assert torch.equal(frames, before)                                      # the tokenizer sees them whole
+    assert torch.equal(mask_frames(frames, torch.zeros_like(chosen)), before)
+
+
+# ------------------------------------------------------------------------------------------------------------- words
+
+
+def caption(n, padding=0):
+    """[CLS], the words 5, 6, ..., [SEP], padding."""
+    return torch.tensor([CLS, *range(5, 5 + n), SEP] + padding * [PAD])
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.3, 0.5])
+def test_the_exact_share_of_words_is_chosen(ratio):
+    for n in range(1, 41):
+        ids, chosen = mask_words(caption(n, padding=3), 10_000, generator(n), ratio)
+        assert chosen.dtype == torch.bool and chosen.shape == ids.shape == (n + 5,)
+        assert chosen.sum() == max(1, round(ratio * n))
+        assert not chosen[0] and not chosen[n + 1:].any()                   # [CLS], [SEP], [PAD]
+
+
+def test_a_caption_without_words_has_nothing_chosen():
+    for ids in (torch.tensor([CLS, SEP]), torch.tensor([CLS, 1, SEP, PAD]), torch.tensor([PAD, PAD])):     # 1: [UNK]
+        masked, chosen = mask_words(ids, 100, generator())
+        assert torch.equal(masked, ids) and not chosen.any()
+
+
+def test_words_not_chosen_stay_as_they_are():
+    for seed in range(50):
+        ids = caption(30, padding=4)
+        masked, chosen = mask_words(ids, 40, generator(seed))
+        assert torch.equal(masked[~chosen], ids[~chosen]) and torch.equal(ids, caption(30, padding=4))
+
+
+def within(count, draws, p, sigmas=4.5):
+    return abs(count - draws * p) < sigmas * math.sqrt(draws * p * (1 - p))
+
+
+def test_of_the_chosen_80_per_cent_are_masked_10_random_10_kept():
+    ids, source = caption(2000), generator()
+    fates = torch.zeros(3)
+    for _ in range(20):
+        masked, chosen = mask_words(ids, 10 ** 6, source, 0.5)
+        found, was = masked[chosen], ids[chosen]
+        fates += torch.tensor([(found == MASK).sum(), ((found != MASK) & (found != was)).sum(), (found == was).sum()])
+    assert fates.sum() == 20_000
+    assert all(within(fate, 20_000, p) for fate, p in zip(fates.tolist(), (0.8, 0.1, 0.1)))
+
+
+def test_random_words_are_drawn_from_all_words_and_no_special_token():
+    ids, source, drawn = caption(3)[[0] + 300 * [1] + [4]], generator(), []
+    for _ in range(40):
+        masked, chosen = mask_words(ids, 15, source, 1.0)
+        drawn += masked[chosen].tolist()
+    others = [word for word in drawn if word not in (MASK, 5)]              # 5 is also what was kept
+    assert set(others) == set(range(6, 15))
+    assert all(within(others.count(word), len(others), 1 / 9) for word in range(6, 15))
+
+
+def test_every_word_is_as_likely_to_be_chosen():
+    source, times = generator(), torch.zeros(22)
+    for _ in range(4000):
+        times += mask_words(caption(20), 100, source)[1]
+    assert all(within(count, 4000, 3 / 20) for count in times[1:21].tolist())
+
+
+def test_word_masks_follow_from_the_generator():
+    first, again, other = (mask_words(caption(40), 999, generator(seed), 0.5) for seed in (1, 1, 2))
+    assert all(map(torch.equal, first, again)) and not torch.equal(first[1], other[1])

@@ -1,0 +1,261 @@
+"""3.3, the semantic tokenizer: Eq. (4) to (7) against plain computations, CLIP's ViT, the codes of a clip."""
+import numpy as np
+import plain
+import pytest
+import torch
+import torch.nn.functional as F
+
+from evilm import CLS, SEP, SemanticTokenizer, VectorQuantizer, ViT, focal_loss, words_present
+
+
+def near(ours, plainly, atol=1e-9):
+    torch.testing.assert_close(ours, plainly.to(ours.dtype), atol=atol, rtol=1e-6)
+
+
+@pytest.fixture
+def tokenizer(tiny, randomise):
+    return randomise(SemanticTokenizer(tiny))
+
+
+@pytest.fixture
+def frames():
+    return torch.rand(3, 2, 3, 64, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------- ViT
+
+
+def test_vit_is_clips(randomise):
+    vit = randomise(ViT(size=96, patch=32, width=24, layers=3, heads=4).double())
+    w, x = plain.weights(vit), torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    tokens = torch.empty(2, 10, 24, dtype=torch.float64)
+    for n in range(2):
+        tokens[n, 0] = w["cls"] + w["positions"][0]
+        for cell in range(9):
+            y, column = divmod(cell, 3)
+            patch = x[n, :, 32 * y:32 * y + 32, 32 * column:32 * column + 32]
+            tokens[n, 1 + cell] = (w["patch.weight"] * patch).sum((1, 2, 3)) + w["positions"][1 + cell]
+    with torch.no_grad():
+        ours = vit(x)
+    assert ours.shape == (2, 9, 24)
+    near(ours, plain.clip(plain.norm(tokens, w, "norm", 1e-5), w, 3, 4, "blocks.")[:, 1:])      # CLS dropped, no norm after
+
+
+def test_frames_are_embedded_in_clips_scale_in_order(tokenizer, frames):
+    mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    with torch.no_grad():
+        embedded = tokenizer.embed(frames)
+        assert embedded.shape == (3, 2, 2, 2, 6)
+        for b in range(3):
+            for t in range(2):
+                scaled = torch.stack([(frames[b, t, c] - mean[c]) / deviation[c] for c in range(3)])
+                cells = plain.linear(tokenizer.encoder(scaled[None])[0].double(), plain.weights(tokenizer), "proj")
+                near(embedded[b, t].flatten(0, 1), cells, atol=3e-3)
+
+
+# ----------------------------------------------------------------------------------------------- Eq. (4), (7): codes
+
+
+def unit(x):
+    return x / np.sqrt((x ** 2).sum(-1, keepdims=True))
+
+
+def nearest(x, codebook):
+    """Eq. (4) one cell at a time: the code at the least Euclidean distance, both sides l2-normalised."""
+    x, codebook = unit(x.double().numpy()), unit(codebook.double().numpy())
+    found = np.empty(x.shape[:-1], np.int64)
+    for cell in np.ndindex(found.shape):
+        distances = [np.sqrt(((x[cell] - code) ** 2).sum()) for code in codebook]
+        found[cell] = int(np.argmin(distances))
+    return torch.from_numpy(found), torch.from_numpy(codebook[found])
+
+
+@pytest.fixture
+def quantizer():
+    quantizer = VectorQuantizer(50, 6)
+    with torch.no_grad():
+        quantizer.codebook *= torch.logspace(-2, 2, 50)[:, None]        # lengths must not matter
+    return quantizer
+
+
+def test_eq4_nearest_code(quantizer):
+    x = torch.randn(4, 3, 5, 6) * torch.logspace(-3, 3, 5)[:, None]
+    quantized, ids, _ = quantizer(x)
+    expected, codes = nearest(x, quantizer.codebook.detach())
+    assert ids.shape == (4, 3, 5) and torch.equal(ids, expected) and len(ids.unique()) > 20
+    near(quantized, codes, atol=1e-5)
+    near(quantized.norm(dim=-1), torch.ones(4, 3, 5), atol=1e-5)
+
+
+def test_eq4_nearest_code_under_autocast():
+    quantizer, x = VectorQuantizer(500, 6), torch.randn(200, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = quantizer(x)[1]
+    assert torch.equal(ids, nearest(x, quantizer.codebook.detach())[0])
+
+
+def test_eq7_code_terms(quantizer):
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    _, ids, loss = quantizer(x)
+    a, c = unit(x.detach().double().numpy()), unit(quantizer.codebook.detach().double().numpy())
+    squared = [((a[cell] - c[ids[cell]]) ** 2).sum() for cell in np.ndindex(2, 4)]
+    assert loss.item() == pytest.approx(2 * np.mean(squared), rel=1e-5)         # both terms have this value
+
+
+def test_eq7_gradients_go_where_stop_gradient_lets_them(quantizer):
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    _, ids, loss = quantizer(x)
+    to_encoder, to_codes = torch.autograd.grad(loss, [x, quantizer.codebook])
+
+    e, c = F.normalize(x, dim=-1), F.normalize(quantizer.codebook, dim=-1)[ids]
+    codebook_term = ((e.detach() - c) ** 2).sum(-1).mean()                      # ||sg[E(X)] - C_q||^2
+    commitment = ((e - c.detach()) ** 2).sum(-1).mean()                         # ||E(X) - sg[C_q]||^2
+    near(to_codes, torch.autograd.grad(codebook_term, quantizer.codebook)[0], atol=1e-6)
+    near(to_encoder, torch.autograd.grad(commitment, x)[0], atol=1e-6)
+    assert to_codes.abs().sum() > 0 and to_encoder.abs().sum() > 0
+    unused = torch.ones(50, dtype=torch.bool).index_fill(0, ids.flatten(), False)
+    assert not to_codes[unused].any()
+
+
+def test_straight_through_copies_the_codes_gradient_to_the_encoder(quantizer):
+    x, g = torch.randn(2, 4, 6, requires_grad=True), torch.randn(2, 4, 6)
+    quantized, _, _ = quantizer(x)
+    to_encoder, to_codes = torch.autograd.grad((quantized * g).sum(), [x, quantizer.codebook], allow_unused=True)
+    # At the normalised output it is g itself: at x, g through the normalisation alone.
+    near(to_encoder, torch.autograd.grad(F.normalize(x, dim=-1), x, g)[0], atol=1e-6)
+    assert to_codes is None or not to_codes.any()
+
+
+def test_revive_moves_dead_codes_alone_onto_given_vectors(quantizer):
+    before, vectors = quantizer.codebook.detach().clone(), 5 * torch.randn(30, 6)
+    used = torch.arange(50) % 3 > 0                                             # 17 are dead
+    assert quantizer.revive(used, vectors, torch.Generator().manual_seed(1)) == 17
+    after = quantizer.codebook.detach()
+    assert torch.equal(after[used], before[used])
+    alike = F.normalize(after[~used], dim=-1) @ F.normalize(vectors, dim=-1).T
+    near(alike.amax(1), torch.ones(17), atol=1e-5)
+    assert len(alike.argmax(1).unique()) > 5                                    # drawn, not all the same one
+    assert len(quantizer(vectors)[1].unique()) > 5
+    again = VectorQuantizer(50, 6)
+    again.revive(used, vectors, torch.Generator().manual_seed(1))
+    assert torch.equal(again.codebook[~used], after[~used])
+    assert quantizer.revive(used | True, vectors, torch.Generator()) == 0 and torch.equal(quantizer.codebook, after)
+    assert quantizer.codebook.requires_grad
+
+
+# ------------------------------------------------------------------------------------------- Eq. (5), (6): words
+
+
+def test_eq5_head_of_the_averaged_output(tokenizer):
+    codes = F.normalize(torch.randn(3, 2, 2, 2, 6), dim=-1)
+    w = plain.weights(tokenizer)
+    x = plain.linear(codes.double().flatten(1, 3), w, "expand") + plain.sines(2, 2, 32)
+    output = plain.bert(x, w, 2, 2, at="decoder.")
+    average = sum(output[:, n] for n in range(8)) / 8
+    with torch.no_grad():
+        logits = tokenizer.read_words(codes)
+    assert logits.shape == (3, 28)                                              # 33 words, 5 special tokens
+    near(logits, plain.linear(average, w, "head")[:, :28], atol=1e-4)
+
+
+def test_eq5_tells_time_and_place(tokenizer):
+    codes = torch.randn(1, 2, 2, 2, 6)
+    with torch.no_grad():
+        logits = tokenizer.read_words(codes)
+        for moved in (codes.flip(1), codes.flip(2), codes.transpose(2, 3)):     # later first, upside down, turned
+            assert (tokenizer.read_words(moved) - logits).abs().max() > 1e-2
+
+
+def focal(logits, targets):
+    """Eq. (6) with its minus, one word at a time."""
+    total = 0.0
+    for row, present in zip(np.asarray(logits, np.float64), targets):
+        for z, y in zip(row, present):
+            p = 1 / (1 + np.exp(-z))
+            total += (-np.log(p) if y else -p * np.log(1 - p)) / len(row)
+    return total / len(logits)
+
+
+def test_eq6_focal_loss():
+    logits, targets = 3 * torch.randn(4, 9), (torch.rand(4, 9) < 0.3).float()
+    assert float(focal_loss(logits, targets)) == pytest.approx(focal(logits.numpy(), targets.numpy()), rel=1e-5)
+
+
+def test_eq6_gradient_goes_through_the_weight_p_too():
+    logits, targets = 2 * torch.randn(2, 6, dtype=torch.float64), (torch.rand(2, 6) < 0.4).float()
+    assert 0 < targets.sum() < 12
+    ours = torch.autograd.grad(focal_loss(logits.requires_grad_(), targets), logits)[0]
+    z, step = logits.detach().numpy(), 1e-6
+    for at in np.ndindex(2, 6):
+        nudge = np.zeros_like(z)
+        nudge[at] = step
+        slope = (focal(z + nudge, targets.numpy()) - focal(z - nudge, targets.numpy())) / (2 * step)
+        assert float(ours[at]) == pytest.approx(slope, abs=1e-8)
+
+
+def test_eq6_does_not_overflow():
+    logits = torch.tensor([[1e4, -1e4, 1e4, -1e4]], requires_grad=True)
+    loss = focal_loss(logits, torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
+    loss.backward()
+    assert float(loss) == pytest.approx((0 + 1e4 + 1e4 + 0) / 4)
+    near(logits.grad, torch.tensor([[0, -0.25, 0.25, 0]]), atol=1e-6)
+
+
+def test_eq6_words_of_a_caption():
+    ids = torch.tensor([[CLS, 7, 9, 7, SEP, 0], [CLS, 1, SEP, 0, 0, 0], [CLS, 5, 12, 6, 11, SEP]])
+    present = words_present(ids, ids > 0, 13)
+    expected = torch.zeros(3, 8)
+    for b, row in enumerate(ids.tolist()):
+        for word in row:
+            if word > 4:
+                expected[b, word - 5] = 1
+    assert torch.equal(present, expected) and present.sum() == 6
+    stray = torch.tensor([[CLS, 7, SEP, 8]])
+    assert words_present(stray, torch.tensor([[True, True, True, False]]), 13).nonzero().tolist() == [[0, 2]]
+
+
+def test_rows_that_no_word_uses_do_not_count_in_K(tokenizer, frames):
+    targets = torch.zeros(3, 28)
+    targets[:, :4] = 1
+    with torch.no_grad():
+        logits = tokenizer(frames)[0]
+        loss = focal_loss(logits, targets)
+        assert logits.shape == (3, 28)
+        tokenizer.head.weight[28:] = 1e3
+        tokenizer.head.bias[28:] = 1e3
+        assert torch.equal(focal_loss(tokenizer(frames)[0], targets), loss)
+    assert len(tokenizer.head.weight) == 35                                     # they exist: 40 rows, 5 special tokens
+
+
+# ---------------------------------------------------------------------------------------------- the tokenizer whole
+
+
+def test_the_tokenizer_reads_words_from_codes_alone(tokenizer, frames):
+    with torch.no_grad():
+        logits, ids, loss = tokenizer(frames)
+        quantized, expected, expected_loss = tokenizer.quantizer(tokenizer.embed(frames))
+        near(logits, tokenizer.read_words(quantized))
+    assert torch.equal(ids, expected) and torch.equal(loss, expected_loss)
+    near(quantized, F.normalize(tokenizer.quantizer.codebook, dim=-1)[ids], atol=1e-5)
+
+
+def test_the_words_teach_encoder_and_decoder_and_leave_the_codebook_to_eq7(tokenizer, frames):
+    logits, ids, code_loss = tokenizer(frames)
+    focal_loss(logits, (torch.rand(3, 28) < 0.2).float()).backward()
+    for part in (tokenizer.encoder.patch, tokenizer.proj, tokenizer.expand, tokenizer.decoder[0].qkv, tokenizer.head):
+        assert part.weight.grad.abs().sum() > 0
+    codebook = tokenizer.quantizer.codebook
+    assert codebook.grad is None or not codebook.grad.any()
+    tokenizer.zero_grad(set_to_none=True)
+    tokenizer(frames)[2].backward()
+    assert codebook.grad.abs().sum() > 0 and tokenizer.proj.weight.grad.abs().sum() > 0
+    assert tokenizer.head.weight.grad is None and tokenizer.expand.weight.grad is None
+
+
+def test_tokenize_gives_a_code_a_cell_and_needs_no_gradient(tokenizer, frames):
+    ids = tokenizer.tokenize(frames)
+    assert ids.shape == (3, 2, 2, 2) and ids.dtype == torch.int64 and not ids.requires_grad
+    embedded = tokenizer.embed(frames).detach()
+    assert torch.equal(ids, nearest(embedded, tokenizer.quantizer.codebook.detach())[0])
+    assert torch.equal(tokenizer.tokenize(frames[1:2])[0], ids[1])              # a clip's codes depend on no other
+    assert torch.equal(tokenizer.tokenize(frames[:, 1:])[:, 0], ids[:, 1])      # nor a frame's on other frames
