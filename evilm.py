@@ -71,6 +71,7 @@ class Config:
     width: int = 384                    # D
     decoder_layers: int = 4
     decoder_heads: int = 6
+    decoder_pre_norm: bool = False      # post-norm, BERT's, is what gives Table 8's count
     dropout: float = 0.1                # in the language encoder and the decoder, as in BERT
     # semantic tokenizer: CLIP's ViT-B/32, 9,420 codes of 32 numbers, 8 layers that read the words from the codes
     codes: int = 9420                   # M
@@ -326,15 +327,20 @@ class WordPiece:
         return WordPiece((SPECIAL + rest)[:round(share * len(self.vocab))])
 
 
+def quick_gelu(x):
+    """CLIP's cheaper GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, then two linear layers. (B, L, C) -> the same; mask (B, 1, 1, L) is True where a key is real.
 
-    Post-norm as in BERT for the language encoder and both decoders; pre-norm with CLIP's quick GELU for the ViT.
+    Post-norm is BERT's: the language encoder and the paper preset's decoder. Pre-norm is the ViT's.
     """
 
-    def __init__(self, width, heads, pre_norm=False, eps=1e-12, dropout=0.0):
+    def __init__(self, width, heads, pre_norm=False, activation=F.gelu, eps=1e-12, dropout=0.0):
         super().__init__()
-        self.heads, self.pre_norm, self.dropout = heads, pre_norm, dropout
+        self.heads, self.pre_norm, self.activation, self.dropout = heads, pre_norm, activation, dropout
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -352,9 +358,7 @@ class TransformerBlock(nn.Module):
         return self.drop(self.proj(y.transpose(1, 2).reshape(B, L, C)))
 
     def feed(self, x):
-        x = self.fc1(x)
-        x = x * torch.sigmoid(1.702 * x) if self.pre_norm else F.gelu(x)
-        return self.drop(self.fc2(x))
+        return self.drop(self.fc2(self.activation(self.fc1(x))))
 
     def forward(self, x, mask=None):
         if self.pre_norm:
@@ -417,7 +421,7 @@ def normalise(frames, mean, deviation):
 
 
 def initialise(module):
-    """Linear weights from N(0, 1 / inputs), so that signals keep their size at any width; embeddings as in BERT.
+    """Linear weights of size 1 / sqrt(inputs), so that signals keep theirs at any width; embeddings 0.02, as in BERT.
 
     The paper does not say how weights start where none are loaded.
     """
@@ -426,6 +430,13 @@ def initialise(module):
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
+
+
+def initialise_small(module):
+    """EdgeNeXt's own: 0.02 everywhere. A norm follows each layer, so small weights only mean larger relative steps."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
 
 
 def prediction_head(width, classes):
@@ -445,12 +456,16 @@ class EViLM(nn.Module):
         self.text_encoder = Transformer(c.text_layers, c.text_width, c.text_heads, dropout=c.dropout)
         self.text_proj = nn.Linear(c.text_width, c.width)
         self.token_type = nn.Parameter(0.02 * torch.randn(3, c.width))      # e^CLS, t^L, t^V
-        self.decoder = Transformer(c.decoder_layers, c.width, c.decoder_heads, dropout=c.dropout)
+        self.decoder = Transformer(c.decoder_layers, c.width, c.decoder_heads, pre_norm=c.decoder_pre_norm,
+                                   dropout=c.dropout)
+        # Pre-norm blocks leave their sum unnormalised; post-norm ones do not, and Table 8 has no room for a norm here.
+        self.decoder_norm = nn.LayerNorm(c.width) if c.decoder_pre_norm else nn.Identity()
         self.pooler = nn.Sequential(nn.Linear(c.width, c.width), nn.Tanh())
         self.vtm_head = nn.Linear(c.width, 2)
         self.mlm_head = prediction_head(c.width, c.vocab_rows)
         self.mvm_head = prediction_head(c.width, c.codes)
         self.apply(initialise)
+        self.video_encoder.apply(initialise_small)
 
     def encode_video(self, frames):
         """Eq. (1): e^V. (B, T, 3, H, W) in [0, 1] -> (B, N, D), with the sines of time and place."""
@@ -479,7 +494,7 @@ class EViLM(nn.Module):
             seen = torch.cat([mask.new_ones(B, 1), mask, mask.new_ones(B, others - 1)], 1)
         if video is not None:
             parts.append(video + t_video)
-        h = self.decoder(torch.cat(parts, 1), seen)
+        h = self.decoder_norm(self.decoder(torch.cat(parts, 1), seen))
         L = 0 if text is None else text.shape[1]
         return h[:, 0], None if text is None else h[:, 1:1 + L], None if video is None else h[:, 1 + L:]
 
@@ -619,7 +634,7 @@ class ViT(nn.Module):
         self.cls = nn.Parameter(torch.zeros(width))
         self.positions = nn.Parameter(0.02 * torch.randn((size // patch) ** 2 + 1, width))
         self.norm = nn.LayerNorm(width)                             # CLIP has one before the blocks
-        self.blocks = Transformer(layers, width, heads, pre_norm=True, eps=1e-5)
+        self.blocks = Transformer(layers, width, heads, pre_norm=True, activation=quick_gelu, eps=1e-5)
 
     def forward(self, x):
         x = self.patch(x).flatten(2).transpose(1, 2)                                        # (N, cells, width)
@@ -641,7 +656,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, x):
         x = F.normalize(x.float(), dim=-1)
         codebook = F.normalize(self.codebook.float(), dim=-1)
-        ids = (x.detach() @ codebook.detach().t()).argmax(-1)                               # Eq. (4)
+        with torch.autocast(x.device.type, enabled=False):          # in bf16 near codes would tie
+            ids = (x.detach() @ codebook.detach().t()).argmax(-1)                           # Eq. (4)
         codes = F.embedding(ids, codebook)
         loss = ((x.detach() - codes) ** 2).sum(-1).mean() + ((x - codes.detach()) ** 2).sum(-1).mean()
         return x + (codes - x).detach(), ids, loss                  # straight-through: E(X) gets the codes' gradient
@@ -682,7 +698,7 @@ class SemanticTokenizer(nn.Module):
     def embed(self, frames):
         """E(X): (B, T, 3, H, W) in [0, 1] -> (B, T, g, g, code_dim)."""
         B, T = frames.shape[:2]
-        frames = normalise(frames, (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))     # CLIP's
+        frames = normalise(frames, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))     # CLIP's
         cells = self.proj(self.encoder(frames.flatten(0, 1)))
         g = math.isqrt(cells.shape[1])
         return cells.view(B, T, g, g, -1)
@@ -897,8 +913,9 @@ def fail(line, status):
 def make_optimizer(model, lr, weight_decay, device):
     """AdamW (4.1); no decay on norms, biases and other vectors, which have no size that should be kept small."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    vectors = [p for p in params if p.squeeze().ndim <= 1]
+    groups = [{"params": [p for p in params if p.squeeze().ndim > 1], "weight_decay": weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, fused=device.type == "cuda")
 
 

@@ -266,7 +266,7 @@ def evaluate(model, loader, labels, wordpiece, objectives, machine):
         counts = machine.total(torch.bincount(torch.cat(found), minlength=10**5).cpu()) if found else torch.zeros(1)
         sums[name + "_majority"], sums[name + "_all"] = int(counts.max()) / machine.world, int(counts.sum()) / machine.world
     names = sorted(sums)
-    sums = dict(zip(names, machine.total(*(sums[name] for name in names)).tolist()))
+    sums = dict(zip(names, machine.total([sums[name] for name in names]).tolist()))
     whole = {"vtm": "pairs", "mlm_content": "content", "mlm_other_content": "content", "distinct": "frames"}
     whole |= {name: name[:3] + "_all" for name in ("mlm", "mlm_majority", "mlm_other", "mvm", "mvm_majority", "mvm_mode",
                                                    "mvm_copy")}

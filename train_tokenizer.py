@@ -215,7 +215,7 @@ def train(args, machine):
         if run.step % epoch == 0 or run.step == run.steps:
             scores = evaluate(tokenizer, held_out, args, machine)
             run.log(split="val", **scores, **gradients_at_encoder(tokenizer, batch, args))
-            run.save_best(-scores["word_loss"] - math.inf * (run.step < warm))
+            run.save_best(-math.inf if run.step < warm else -scores["word_loss"])
             machine.say(f"word loss {scores['word_loss']:.4f}, recall {scores['word_recall']:.1%}, "
                     f"codes in use {scores['codebook_usage']:.1%}")
             run.save_last()

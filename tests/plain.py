@@ -53,12 +53,18 @@ def bert(x, w, layers, heads, seen=None, at=""):
     return x
 
 
-def clip(x, w, layers, heads, at=""):
-    """CLIP's layers: each norm comes before its branch, and none after the last."""
+def pre_norm(x, w, layers, heads, seen=None, at="", eps=1e-12, activation=gelu):
+    """Layers whose norm comes before each branch, and none after the last."""
     for i in range(layers):
-        x = x + attention(norm(x, w, f"{at}{i}.norm1", 1e-5), w, f"{at}{i}.", heads)
-        x = x + linear(quick_gelu(linear(norm(x, w, f"{at}{i}.norm2", 1e-5), w, f"{at}{i}.fc1")), w, f"{at}{i}.fc2")
+        x = x + attention(norm(x, w, f"{at}{i}.norm1", eps), w, f"{at}{i}.", heads, seen)
+        inside = activation(linear(norm(x, w, f"{at}{i}.norm2", eps), w, f"{at}{i}.fc1"))
+        x = x + linear(inside, w, f"{at}{i}.fc2")
     return x
+
+
+def clip(x, w, layers, heads, at=""):
+    """CLIP's layers."""
+    return pre_norm(x, w, layers, heads, at=at, eps=1e-5, activation=quick_gelu)
 
 
 def sines(T, g, width):

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from evilm import (CLS, MASK, SEP, SPECIAL, UNK, Config, EdgeNeXt, EViLM, InputError, Transformer, ViT, WordPiece,
-                   multiply_adds, space_time_sines, table8)
+                   multiply_adds, quick_gelu, space_time_sines, table8)
 
 
 def near(ours, plainly, atol=1e-9):
@@ -168,9 +168,11 @@ def test_post_norm_block_against_a_plain_computation(randomise):
 
 
 def test_pre_norm_block_against_a_plain_computation(randomise):
-    layers = randomise(Transformer(2, 24, 3, pre_norm=True, eps=1e-5).double())
-    x = torch.randn(3, 7, 24, dtype=torch.float64)
+    x, seen = torch.randn(3, 7, 24, dtype=torch.float64), torch.arange(7) < torch.tensor([[7], [4], [1]])
     with torch.no_grad():
+        layers = randomise(Transformer(2, 24, 3, pre_norm=True).double())
+        near(layers(x, seen), plain.pre_norm(x, plain.weights(layers), 2, 3, seen))
+        layers = randomise(Transformer(2, 24, 3, pre_norm=True, activation=quick_gelu, eps=1e-5).double())
         near(layers(x), plain.clip(x, plain.weights(layers), 2, 3))
 
 
@@ -201,6 +203,11 @@ def test_dropout_is_on_in_training_alone_and_never_in_the_video_encoder(tiny):
             assert twice(lambda v, t: model.fuse(v, t, ids > 0)[0], video, torch.randn(1, 4, 36)) == training
             assert twice(model.encode_text, *text) == training
             assert not twice(model.encode_video, frames)
+
+
+def test_dropout_is_on_both_branches_of_a_layer():
+    layer, x = Transformer(1, 24, 3, dropout=1.0).train(), torch.randn(2, 5, 24)
+    near(layer(x), layer[0].norm2(layer[0].norm1(x)))                       # all is dropped but the residual sum
 
 
 # --------------------------------------------------------------------------------------------------- language encoder
@@ -294,9 +301,9 @@ def test_eq1_language_against_a_plain_computation(tiny, randomise):
     model = randomise(EViLM(tiny).double())
     ids = torch.tensor([[CLS, 9, 8, 30, SEP], [CLS, 12, SEP, 0, 0]])
     w = plain.weights(model)
-    x = torch.stack([torch.stack([w["text_embedding.words.weight"][i] + w["text_embedding.positions.weight"][at]
-                                  + w["text_embedding.segments.weight"][0] for at, i in enumerate(row)]) for row in ids])
-    x = plain.norm(x, w, "text_embedding.norm", 1e-12)
+    words, positions, segments = (w[f"text_embedding.{part}.weight"] for part in ("words", "positions", "segments"))
+    rows = [torch.stack([words[i] + positions[at] + segments[0] for at, i in enumerate(row)]) for row in ids]
+    x = plain.norm(torch.stack(rows), w, "text_embedding.norm", 1e-12)
     with torch.no_grad():
         near(model.text_embedding(ids), x)
         near(model.encode_text(ids, ids > 0),
@@ -308,7 +315,7 @@ def test_padding_changes_nothing(tiny, randomise):
     ids, other = torch.tensor([[CLS, 9, 8, SEP, 0, 0]]), torch.tensor([[CLS, 9, 8, SEP, 22, 31]])
     mask, video = ids > 0, torch.randn(1, 8, 36)
     with torch.no_grad():
-        texts = [model.encode_text(ids, mask), model.encode_text(other, mask), model.encode_text(ids[:, :4], mask[:, :4])]
+        texts = [model.encode_text(*text) for text in ((ids, mask), (other, mask), (ids[:, :4], mask[:, :4]))]
         near(texts[0][:, :4], texts[1][:, :4], atol=1e-6)
         near(texts[0][:, :4], texts[2], atol=1e-5)
         seen = [model.fuse(v, text, m) for v in (video, None)
@@ -374,15 +381,19 @@ def test_eq1_swapped_frames_and_swapped_cells_are_another_video(tiny, randomise)
             near(bare[0], bare[1], atol=1e-4)                               # without sines: one and the same set
 
 
-def test_eq2_order_and_token_types(tiny, randomise):
-    model = randomise(EViLM(tiny).double())
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_eq2_order_and_token_types(tiny, randomise, pre_norm):
+    model = randomise(EViLM(replace(tiny, decoder_pre_norm=pre_norm)).double())
     video, text = torch.randn(2, 8, 36, dtype=torch.float64), torch.randn(2, 5, 36, dtype=torch.float64)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     w, one, eight = plain.weights(model), torch.ones(2, 1, dtype=torch.bool), torch.ones(2, 8, dtype=torch.bool)
     e_cls, t_text, t_video = w["token_type"]
 
     def decode(*parts, seen=None):
-        return plain.bert(torch.cat([e_cls.expand(2, 1, -1), *parts], 1), w, 2, 3, seen, "decoder.")
+        x = torch.cat([e_cls.expand(2, 1, -1), *parts], 1)
+        if not pre_norm:
+            return plain.bert(x, w, 2, 3, seen, "decoder.")
+        return plain.norm(plain.pre_norm(x, w, 2, 3, seen, "decoder."), w, "decoder_norm", 1e-5)
 
     with torch.no_grad():
         h = decode(text + t_text, video + t_video, seen=torch.cat([one, mask, eight], 1))
@@ -410,8 +421,8 @@ def test_eq2_order_and_token_types(tiny, randomise):
 def test_table8_rows():
     with torch.device("meta"):
         rows = {name: count for name, count, _ in table8(Config.paper())}
-    assert list(rows.values())[:10] == [1_238_144, 2_379_264, 49_536, 1_152, 5_281_832, 117_120, 7_097_856, 147_840, 770,
-                                        16_313_514]
+    assert list(rows.values())[:10] == [1_238_144, 2_379_264, 49_536, 1_152, 5_281_832, 117_120, 7_097_856, 147_840,
+                                        770, 16_313_514]
     assert rows["TOTAL"] == 16_313_514 and len(rows) == 12
 
 

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from evilm import CLS, MASK, PAD, SEP, block_mask, mask_frames, mask_words
+from evilm import CLS, MASK, PAD, SEP, UNK, block_mask, mask_frames, mask_words
 
 
 def generator(seed=0):
@@ -23,7 +23,7 @@ def test_exactly_the_ratio_is_masked_in_each_frame(grid, ratio):
 
 
 def allowed_blocks(grid, target):
-    """(height, width) that an area within [max(1, target // 5), target] and an aspect within [0.3, 1/0.3] can round to."""
+    """All (height, width) that an area from max(1, target // 5) to target and an aspect from 0.3 to 1/0.3 round to."""
     smallest = max(1, target // 5)
 
     def before_rounding(n):
@@ -33,7 +33,7 @@ def allowed_blocks(grid, target):
     for height in range(1, grid + 1):
         for width in range(1, grid + 1):
             (low, high), (left, right) = before_rounding(height), before_rounding(width)
-            right = min(right, high / 0.3)                  # an edge at the border may have been longer before it was cut
+            right = min(right, high / 0.3)          # an edge at the border may have been longer before it was cut
             high = min(high, right / 0.3)
             narrow = low / right > 1 / 0.3 or (left and high / left < 0.3)
             if height * width >= smallest and not narrow and low * left <= target and high * right >= smallest:
@@ -127,7 +127,7 @@ def test_the_exact_share_of_words_is_chosen(ratio):
 
 
 def test_a_caption_without_words_has_nothing_chosen():
-    for ids in (torch.tensor([CLS, SEP]), torch.tensor([CLS, 1, SEP, PAD]), torch.tensor([PAD, PAD])):     # 1: [UNK]
+    for ids in (torch.tensor([CLS, SEP]), torch.tensor([CLS, UNK, MASK, SEP, PAD]), torch.tensor([PAD, PAD])):
         masked, chosen = mask_words(ids, 100, generator())
         assert torch.equal(masked, ids) and not chosen.any()
 
@@ -162,6 +162,8 @@ def test_random_words_are_drawn_from_all_words_and_no_special_token():
     others = [word for word in drawn if word not in (MASK, 5)]              # 5 is also what was kept
     assert set(others) == set(range(6, 15))
     assert all(within(others.count(word), len(others), 1 / 9) for word in range(6, 15))
+    masked, _ = mask_words(caption(1)[[0] + 5000 * [1] + [2]], 6, source, 1.0)     # one word to draw from
+    assert within(int((masked == MASK).sum()), 5000, 0.8) and set(masked.tolist()) == {CLS, SEP, MASK, 5}
 
 
 def test_every_word_is_as_likely_to_be_chosen():

@@ -38,7 +38,7 @@ def test_vit_is_clips(randomise):
     with torch.no_grad():
         ours = vit(x)
     assert ours.shape == (2, 9, 24)
-    near(ours, plain.clip(plain.norm(tokens, w, "norm", 1e-5), w, 3, 4, "blocks.")[:, 1:])      # CLS dropped, no norm after
+    near(ours, plain.clip(plain.norm(tokens, w, "norm", 1e-5), w, 3, 4, "blocks.")[:, 1:])      # no CLS, no last norm
 
 
 def test_frames_are_embedded_in_clips_scale_in_order(tokenizer, frames):
@@ -129,7 +129,7 @@ def test_straight_through_copies_the_codes_gradient_to_the_encoder(quantizer):
 def test_revive_moves_dead_codes_alone_onto_given_vectors(quantizer):
     before, vectors = quantizer.codebook.detach().clone(), 5 * torch.randn(30, 6)
     used = torch.arange(50) % 3 > 0                                             # 17 are dead
-    assert quantizer.revive(used, vectors, torch.Generator().manual_seed(1)) == 17
+    quantizer.revive(used, vectors, torch.Generator().manual_seed(1))
     after = quantizer.codebook.detach()
     assert torch.equal(after[used], before[used])
     alike = F.normalize(after[~used], dim=-1) @ F.normalize(vectors, dim=-1).T
@@ -139,8 +139,16 @@ def test_revive_moves_dead_codes_alone_onto_given_vectors(quantizer):
     again = VectorQuantizer(50, 6)
     again.revive(used, vectors, torch.Generator().manual_seed(1))
     assert torch.equal(again.codebook[~used], after[~used])
-    assert quantizer.revive(used | True, vectors, torch.Generator()) == 0 and torch.equal(quantizer.codebook, after)
-    assert quantizer.codebook.requires_grad
+    quantizer.revive(used | True, vectors, torch.Generator())                   # none is dead
+    assert torch.equal(quantizer.codebook, after) and quantizer.codebook.requires_grad
+
+
+def test_the_codebook_can_start_at_encoder_outputs(quantizer):
+    vectors = 5 * torch.randn(30, 6)
+    quantizer.start(vectors, torch.Generator().manual_seed(1))
+    alike = F.normalize(quantizer.codebook.detach(), dim=-1) @ F.normalize(vectors, dim=-1).T
+    near(alike.amax(1), torch.ones(50), atol=1e-5)
+    assert len(alike.argmax(1).unique()) > 10
 
 
 # ------------------------------------------------------------------------------------------- Eq. (5), (6): words
@@ -197,7 +205,7 @@ def test_eq6_does_not_overflow():
     logits = torch.tensor([[1e4, -1e4, 1e4, -1e4]], requires_grad=True)
     loss = focal_loss(logits, torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
     loss.backward()
-    assert float(loss) == pytest.approx((0 + 1e4 + 1e4 + 0) / 4)
+    assert loss.item() == pytest.approx((0 + 1e4 + 1e4 + 0) / 4)
     near(logits.grad, torch.tensor([[0, -0.25, 0.25, 0]]), atol=1e-6)
 
 
@@ -239,6 +247,17 @@ def test_the_tokenizer_reads_words_from_codes_alone(tokenizer, frames):
     near(quantized, F.normalize(tokenizer.quantizer.codebook, dim=-1)[ids], atol=1e-5)
 
 
+def test_without_quantizing_words_are_read_from_the_encoders_unit_vectors(tokenizer, frames):
+    logits, ids, code_loss = tokenizer(frames, quantize=False)
+    with torch.no_grad():
+        near(logits, tokenizer.read_words(F.normalize(tokenizer.embed(frames), dim=-1)))
+        assert torch.equal(ids, tokenizer.tokenize(frames))
+    assert code_loss.item() == 0
+    (logits.sum() + code_loss).backward()
+    codebook = tokenizer.quantizer.codebook
+    assert tokenizer.proj.weight.grad.abs().sum() > 0 and (codebook.grad is None or not codebook.grad.any())
+
+
 def test_the_words_teach_encoder_and_decoder_and_leave_the_codebook_to_eq7(tokenizer, frames):
     logits, ids, code_loss = tokenizer(frames)
     focal_loss(logits, (torch.rand(3, 28) < 0.2).float()).backward()
@@ -253,8 +272,11 @@ def test_the_words_teach_encoder_and_decoder_and_leave_the_codebook_to_eq7(token
 
 
 def test_tokenize_gives_a_code_a_cell_and_needs_no_gradient(tokenizer, frames):
+    graph = []
+    watch = tokenizer.proj.register_forward_hook(lambda module, inputs, output: graph.append(output.requires_grad))
     ids = tokenizer.tokenize(frames)
-    assert ids.shape == (3, 2, 2, 2) and ids.dtype == torch.int64 and not ids.requires_grad
+    watch.remove()
+    assert ids.shape == (3, 2, 2, 2) and ids.dtype == torch.int64 and graph == [False]
     embedded = tokenizer.embed(frames).detach()
     assert torch.equal(ids, nearest(embedded, tokenizer.quantizer.codebook.detach())[0])
     assert torch.equal(tokenizer.tokenize(frames[1:2])[0], ids[1])              # a clip's codes depend on no other

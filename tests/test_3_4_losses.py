@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evilm import CLS, SEP, EViLM, mlm_loss, mvm_loss, rank_of_truth, vtm_loss
+from evilm import CLS, MASK, SEP, EViLM, mlm_loss, mvm_loss, rank_of_truth, vtm_loss
 
 LOSSES = [mvm_loss, mlm_loss, vtm_loss]
 
@@ -60,8 +60,10 @@ def model(tiny, randomise):
 def batch():
     """Four clips; their words and cells to predict differ in number, the second has no word to predict."""
     source = torch.Generator().manual_seed(5)
-    ids = torch.tensor([[CLS, 9, 8, 30, 7, SEP], [CLS, 12, SEP, 0, 0, 0], [CLS, 6, 4, 22, SEP, 0], [CLS, 4, 4, SEP, 0, 0]])
-    wrong = torch.tensor([[CLS, 19, 9, SEP, 0, 0], [CLS, 32, 6, 5, 7, SEP], [CLS, 4, SEP, 0, 0, 0], [CLS, 9, 8, SEP, 0, 0]])
+    ids = torch.tensor([[CLS, 9, 8, 30, 7, SEP], [CLS, 12, SEP, 0, 0, 0],
+                        [CLS, MASK, 6, 22, SEP, 0], [CLS, MASK, MASK, SEP, 0, 0]])
+    wrong = torch.tensor([[CLS, 19, 9, SEP, 0, 0], [CLS, 32, 6, 5, 7, SEP],
+                          [CLS, MASK, SEP, 0, 0, 0], [CLS, 9, 8, SEP, 0, 0]])
     words = torch.zeros_like(ids, dtype=torch.bool)
     words[0, 3] = words[2, 1] = words[2, 2] = words[3, 1] = words[3, 2] = True
     return {"frames": torch.rand(4, 2, 3, 64, 64, generator=source), "ids": ids, "mask": ids > 0, "words": words,

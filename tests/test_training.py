@@ -9,18 +9,18 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from torch.nn.parallel import DistributedDataParallel
 
 import evilm
 from evilm import (CLS, SEP, Config, EViLM, InputError, Machine, NotFinite, SemanticTokenizer, common_flags, config_of,
-                   configure, learning_rate, load, make_optimizer, mlm_loss, mvm_loss, parts_of, run_script, save,
-                   set_up, vtm_loss)
+                   configure, learning_rate, load, make_optimizer, mlm_loss, mvm_loss, run_script, save, set_up,
+                   vtm_loss)
 
 # ----------------------------------------------------------------------------------------------- schedule, optimizer
 
@@ -63,7 +63,8 @@ def checkpoint(config=Config.toy(), **values):
 
 def whole(path, step):
     """The checkpoint at `path` is that of `step`, and no draft lies beside it."""
-    assert load(path, "pretrain")["step"] == step and torch.equal(load(path, "pretrain")["model"]["w"], torch.arange(5.0))
+    found = load(path, "pretrain")
+    assert found["step"] == step and torch.equal(found["model"]["w"], torch.arange(5.0))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -76,8 +77,10 @@ def test_save_and_load(tmp_path):
     whole(path, 3)
 
 
-@pytest.mark.parametrize("broken, error", [("save", OSError(errno.ENOSPC, "no space")), ("save", KeyboardInterrupt()),
-                                           ("fsync", OSError(errno.EIO, "disk")), ("replace", OSError(errno.EPERM, "no"))])
+@pytest.mark.parametrize("broken, error", [
+    ("save", OSError(errno.ENOSPC, "no space")), ("save", KeyboardInterrupt()),
+    ("fsync", OSError(errno.EIO, "disk")), ("replace", OSError(errno.EPERM, "no")),
+])
 def test_a_save_that_fails_half_way_leaves_the_older_checkpoint_whole(tmp_path, monkeypatch, broken, error):
     path = tmp_path / "last.pt"
     save(checkpoint(step=1), path)
@@ -256,19 +259,18 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("size, parts", [(8, 1), (8, 2), (7, 3), (5, 4), (3, 8), (1, 1)])
 def test_parts_of_a_batch_lose_no_clip(size, parts):
-    batch = {"frames": torch.arange(size)[:, None], "names": [str(i) for i in range(size)], "epoch": 3}
-    found = list(parts_of(batch, parts))
+    batch = {"frames": torch.arange(size)[:, None], "names": [str(i) for i in range(size)]}
+    found = [part for part, _ in Machine(torch.device("cpu")).parts(None, batch, parts)]
     assert len(found) <= parts and all(len(part["frames"]) for part in found)
     assert max(len(part["frames"]) for part in found) == math.ceil(size / parts)
     assert torch.equal(torch.cat([part["frames"] for part in found]), batch["frames"])
     assert sum((part["names"] for part in found), []) == batch["names"]
-    assert all(len(part["names"]) == len(part["frames"]) and part["epoch"] == 3 for part in found)
+    assert all(len(part["names"]) == len(part["frames"]) for part in found)
 
 
 def test_one_process_totals_are_its_own():
-    machine = Machine(torch.device("cpu"), False, 0, 1)
-    assert machine.total(1, 2.5).tolist() == [1, 2.5]
-    given = torch.tensor([3, 4])
+    machine, given = Machine(torch.device("cpu")), torch.tensor([3, 4])
+    assert machine.main and machine.total([1, 2.5]).tolist() == [1, 2.5] and machine.shared(given) is given
     assert torch.equal(machine.total(given), given) and machine.total(given) is not given
 
 
@@ -284,7 +286,7 @@ def loss_terms(model, batch, counts):
 def whole_batch():
     source = torch.Generator().manual_seed(2)
     ids = torch.tensor([[CLS, 9, 8, 30, SEP], [CLS, 12, SEP, 0, 0], [CLS, 6, 4, 22, SEP], [CLS, 4, 17, SEP, 0]])
-    return {"frames": torch.rand(4, 2, 3, 64, 64, generator=source), "ids": ids, "wrong": ids.roll(1, 0),
+    return {"frames": torch.rand(4, 2, 3, 64, 64, generator=source).double(), "ids": ids, "wrong": ids.roll(1, 0),
             "words": (ids > 5) & (torch.rand(ids.shape, generator=source) < 0.6),
             "cells": torch.rand(4, 8, generator=source) < torch.tensor([[0.2], [0.4], [0.6], [0.8]]),
             "truth": torch.randint(5, 33, (4, 5), generator=source),
@@ -299,7 +301,8 @@ def one_of_two(rank, folder, config):
     """What each process does: rank 0 has three of the four clips, rank 1 the last."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
+                            timeout=timedelta(seconds=30))          # a process that waits in vain is an error
     machine = set_up("cpu")
     machine.first(lambda: (time.sleep(0.3), Path(folder, "first").write_text("done")))
     waited = Path(folder, "first").exists()
@@ -308,16 +311,18 @@ def one_of_two(rank, folder, config):
     model = EViLM(config).double()
     if rank == 0:
         model.load_state_dict(torch.load(f"{folder}/start.pt"))
-    parallel = DistributedDataParallel(model)
+    parallel, loss = machine.wrap(model, compiled=False), 0.0
     mine = {name: (value[:3] if rank == 0 else value[3:]) for name, value in whole_batch().items()}
-    mine["frames"] = mine["frames"].double()
-    counts = machine.total(*count(mine)).tolist()
-    loss = loss_terms(parallel, mine, counts)
-    (loss * machine.world).backward()       # it averages the gradients: the sum is wanted
-    tensor = torch.tensor([1, 10 ** rank])
+    counts, given = machine.total(count(mine)).tolist(), torch.tensor([1, 10 ** rank])
+    for part, sync in machine.parts(parallel, mine, 2):                         # two parts here, one there
+        with sync:
+            share = loss_terms(parallel, part, counts)
+            (share * machine.world).backward()                                  # it averages: the sum is wanted
+        loss += share.item()
     torch.save({"rank": machine.rank, "world": machine.world, "main": machine.main, "waited": waited, "counts": counts,
-                "tensor": machine.total(tensor), "kept": tensor, "loss": float(machine.total(loss.item())),
-                "grads": {name: p.grad for name, p in model.named_parameters()}}, f"{folder}/{rank}.pt")
+                "total": machine.total(given), "given": given, "shared": machine.shared(given.clone()),
+                "loss": machine.total([loss]).item(), "grads": {name: p.grad for name, p in model.named_parameters()}},
+               f"{folder}/{rank}.pt")
     run_script(lambda: None)                # leaves the process group
     assert not dist.is_initialized()
 
@@ -327,14 +332,13 @@ def test_two_processes_give_the_totals_and_gradients_of_one(tiny, tmp_path):
     torch.save(model.state_dict(), tmp_path / "start.pt")
     multiprocessing.spawn(one_of_two, (str(tmp_path), tiny), nprocs=2)
     batch = whole_batch()
-    batch["frames"] = batch["frames"].double()
     loss = loss_terms(model, batch, [None] * 3)
     loss.backward()
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert (found["rank"], found["world"], found["main"], found["waited"]) == (rank, 2, rank == 0, True)
-        assert found["counts"] == list(count(batch)) and found["tensor"].tolist() == [2, 11]
-        assert found["kept"].tolist() == [1, 10 ** rank]                        # what was given is not changed
+        assert found["counts"] == list(count(batch)) and found["total"].tolist() == [2, 11]
+        assert found["given"].tolist() == [1, 10 ** rank] and found["shared"].tolist() == [1, 1]
         assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
         for name, p in model.named_parameters():
             torch.testing.assert_close(found["grads"][name], p.grad, atol=1e-6, rtol=1e-5)

@@ -199,7 +199,7 @@ def draw_wording(generator, scene, must=frozenset()):
     two = len(scene.things) == 2
     both = two and (generator.random() < 0.85 or any(index == 1 for index, _ in must))
     related = both and generator.random() < 0.2
-    chances = {"size": 0.5, "motion": 0.85, "count": 0.8, "place": 0.05 if both else 0.5 * two}
+    chances = {"size": 0.4, "motion": 0.7, "count": 0.5, "place": 0.05 if both else 0.5 * two}
     fields = []
     for index, thing in enumerate(scene.things[:1 + both]):
         said = {name for name, chance in chances.items() if generator.random() < chance}
