@@ -91,6 +91,7 @@ class Config:
     batch_size: int = 64
     epochs: int = 20
     lr: float = 1e-4
+    video_lr: float = 1.0               # factor on the video encoder's learning rate
     weight_decay: float = 0.01
     warmup: float = 0.05                # share of the steps
     tokenizer_epochs: int = 10
@@ -112,13 +113,13 @@ class Config:
     @classmethod
     def toy(cls):
         """The same method, sized so that both stages learn the synthetic clips in minutes on two CPU cores."""
-        return cls(preset="toy", size=96, depths=(1, 1, 3, 1), dims=(16, 32, 64, 128), kernels=(3, 5, 5, 3),
-                   scales=(2, 2, 2, 2), xca_heads=4, layer_scale=0.1, vocab_rows=1024, words=1024, positions=64,
-                   text_width=64, text_layers=2, text_heads=4, max_words=24, width=128, decoder_layers=3,
-                   decoder_heads=4, dropout=0.0, codes=64, code_dim=16, vit_width=96, vit_layers=3, vit_heads=4,
-                   tokenizer_width=96, tokenizer_layers=2, tokenizer_heads=4, augment=False, batch_size=32,
-                   epochs=8, lr=1e-3, tokenizer_epochs=5, tokenizer_batch_size=32, tokenizer_lr=1e-3,
-                   tokenizer_warm=0.4, word_weight=30.0)
+        return cls(preset="toy", size=64, depths=(1, 1, 3, 1), dims=(16, 32, 64, 128), kernels=(3, 5, 5, 3),
+                   scales=(2, 2, 2, 2), xca_heads=4, layer_scale=0.5, vocab_rows=1024, words=1024, positions=64,
+                   text_width=64, text_layers=2, text_heads=4, max_words=24, width=128, decoder_layers=2,
+                   decoder_heads=4, decoder_pre_norm=True, dropout=0.0, codes=64, code_dim=16, vit_width=96,
+                   vit_layers=3, vit_heads=4, tokenizer_width=96, tokenizer_layers=2, tokenizer_heads=4,
+                   tokenizer_warm=0.4, word_weight=30.0, augment=False, batch_size=32, epochs=20, lr=2e-3, video_lr=2.0,
+                   tokenizer_epochs=6, tokenizer_batch_size=32, tokenizer_lr=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------- Video encoder
@@ -421,22 +422,13 @@ def normalise(frames, mean, deviation):
 
 
 def initialise(module):
-    """Linear weights of size 1 / sqrt(inputs), so that signals keep theirs at any width; embeddings 0.02, as in BERT.
-
-    The paper does not say how weights start where none are loaded.
-    """
+    """Linear weights of size 1 / sqrt(inputs), so that signals keep theirs at any width; convolutions 0.02, as in
+    EdgeNeXt's release, since a norm follows each; embeddings 0.02, as in BERT. The paper does not say how weights start."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
         nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) or (isinstance(module, nn.Conv2d) and module.groups == 1):
         nn.init.normal_(module.weight, std=0.02)
-
-
-def initialise_small(module):
-    """EdgeNeXt's own: 0.02 everywhere. A norm follows each layer, so small weights only mean larger relative steps."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 def prediction_head(width, classes):
@@ -465,7 +457,6 @@ class EViLM(nn.Module):
         self.mlm_head = prediction_head(c.width, c.vocab_rows)
         self.mvm_head = prediction_head(c.width, c.codes)
         self.apply(initialise)
-        self.video_encoder.apply(initialise_small)
 
     def encode_video(self, frames):
         """Eq. (1): e^V. (B, T, 3, H, W) in [0, 1] -> (B, N, D), with the sines of time and place."""
@@ -656,7 +647,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, x):
         x = F.normalize(x.float(), dim=-1)
         codebook = F.normalize(self.codebook.float(), dim=-1)
-        with torch.autocast(x.device.type, enabled=False):          # in bf16 near codes would tie
+        device = x.device.type if x.device.type in ("cuda", "mps") else "cpu"
+        with torch.autocast(device, enabled=False):                 # in bf16 near codes would tie
             ids = (x.detach() @ codebook.detach().t()).argmax(-1)                           # Eq. (4)
         codes = F.embedding(ids, codebook)
         loss = ((x.detach() - codes) ** 2).sum(-1).mean() + ((x - codes.detach()) ** 2).sum(-1).mean()
@@ -776,6 +768,8 @@ def common_flags(description, stage):
         "(default: auto)")
     add("--compile", action="store_true", help="torch.compile the model: slow start, then faster (default: off)")
     add("--seed", type=int, default=0, help="all randomness follows from it (default: 0)")
+    add("--save-every", type=positive, default=200, metavar="STEPS", help="write last.pt so often, and after each epoch "
+        "(default: 200)")
     add("--resume", action="store_true", help="go on from OUT/last.pt, to the same weights as an unbroken run")
     add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
     add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions are kept "
@@ -910,13 +904,19 @@ def fail(line, status):
     return status
 
 
-def make_optimizer(model, lr, weight_decay, device):
-    """AdamW (4.1); no decay on norms, biases and other vectors, which have no size that should be kept small."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    vectors = [p for p in params if p.squeeze().ndim <= 1]
-    groups = [{"params": [p for p in params if p.squeeze().ndim > 1], "weight_decay": weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, fused=device.type == "cuda")
+def make_optimizer(model, lr, config, device):
+    """AdamW (4.1) with the relatives' beta of 0.98; no decay on norms, biases and other vectors.
+
+    `scale` of a group is its factor on the learning rate: `video_lr` for a video encoder that starts from nothing.
+    """
+    video = {id(p) for p in model.video_encoder.parameters()} if hasattr(model, "video_encoder") else set()
+    groups = {}
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        scale = config.video_lr if id(p) in video else 1.0
+        decay = config.weight_decay if p.squeeze().ndim > 1 else 0.0
+        groups.setdefault((scale, decay), []).append(p)
+    groups = [{"params": params, "scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=device.type == "cuda")
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -997,10 +997,10 @@ class Run:
     `extra` names the flags that decide the result beside the shared ones; going on with others is refused.
     """
     DECIDE = ("seed", "batch_size", "lr")
-    SAVE_EVERY = 200                                                # steps
 
     def __init__(self, args, kind, config, vocab, extra, machine):
         self.folder, self.kind, self.machine, self.seed = Path(args.out), kind, machine, args.seed
+        self.save_every = args.save_every
         settings = {name: getattr(args, name) for name in (*self.DECIDE, *extra)}
         self.constant = {"kind": kind, "config": asdict(config), "vocab": vocab, "settings": settings}
         self.step, self.steps, self.best = 0, 0, -math.inf
@@ -1068,7 +1068,7 @@ class Run:
                 if self.step % 20 == 0:
                     bar.set_postfix_str(f"loss {float(self.pending.sum()):.3f}, {self.clips / self.seconds:.0f} clips/s")
                 bar.update()
-                if self.step % self.SAVE_EVERY == 0:
+                if self.step % self.save_every == 0:
                     self.save_last()
                 if machine.total([self.stop])[0] > 0:
                     self.save_last()
@@ -1078,7 +1078,7 @@ class Run:
 
     def set_learning_rate(self, peak, warmup):
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, peak, warmup)
+            group["lr"] = group["scale"] * learning_rate(self.step, self.steps, peak, warmup)
 
     def generator(self):
         """A generator on the CPU for this step, the same on all processes."""

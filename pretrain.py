@@ -429,7 +429,7 @@ def train(args, machine):
     for name in set(LOSSES) - set(args.objectives):             # a head without a loss gets no gradient
         getattr(model, f"{name}_head").requires_grad_(False)
     model.pooler.requires_grad_("vtm" in args.objectives)
-    optimizer = make_optimizer(model, args.lr, config.weight_decay, machine.device)
+    optimizer = make_optimizer(model, args.lr, config, machine.device)
     run = Run(args, "pretrain", config, wordpiece.vocab, ("objectives", "tokenizer"), machine)
     run.start(model, optimizer, args.resume)
     online = Labels(tokenizer, machine)

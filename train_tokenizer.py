@@ -158,7 +158,7 @@ def gradients_at_encoder(tokenizer, batch, args):
     embedded = tokenizer.embed(scale(batch["frames"])).detach().requires_grad_()
     quantized, _, code_loss = tokenizer.quantizer(embedded)
     words = words_present(batch["ids"], batch["mask"], tokenizer.config.words)
-    loss = args.word_weight * word_loss(args.loss, tokenizer.read_words(quantized), words)
+    loss = tokenizer.config.word_weight * word_loss(args.loss, tokenizer.read_words(quantized), words)
     return {name: float(torch.autograd.grad(term, embedded, retain_graph=True)[0].norm())
             for name, term in (("word_gradient", loss), ("code_gradient", code_loss))}
 
@@ -177,7 +177,7 @@ def train(args, machine):
                          augment=config.augment, mismatched=False)
     torch.manual_seed(args.seed)
     tokenizer = SemanticTokenizer(config).to(machine.device)
-    optimizer = make_optimizer(tokenizer, args.lr, config.weight_decay, machine.device)
+    optimizer = make_optimizer(tokenizer, args.lr, config, machine.device)
     run = Run(args, "tokenizer", config, wordpiece.vocab, ("loss", "revive_after"), machine)
     run.start(tokenizer, optimizer, args.resume)
 

@@ -85,8 +85,8 @@ def test_all_files_and_clips_are_there(folder, read, shown):
     assert (len(read("train")), len(read("val"))) == (CLIPS * 8 // 10, CLIPS // 10)
 
 
-def test_a_clip_has_twelve_frames_of_96_pixels(folder, shown):
-    assert {frames_of(folder / name).shape for name in list(shown)[::7]} == {(12, 96, 96, 3)}
+def test_a_clip_has_twelve_frames_of_64_pixels(folder, shown):
+    assert {frames_of(folder / name).shape for name in list(shown)[::7]} == {(12, 64, 64, 3)}
 
 
 def test_the_manifest_says_what_was_drawn(read, shown):

@@ -348,6 +348,11 @@ class Manifest(Sequence):
                 left, number = left - len(block), number + block.count(b"\n")
         return number
 
+    @property
+    def videos(self):
+        """A hash of each row's video's name: rows of one video have the same."""
+        return self.index[2:, 1] if self.rows is None else self.index[2:, 1][self.rows]
+
     def video_path(self, row):
         """Where the video of a row (a dict) is: paths in a manifest are relative to its folder."""
         return self.folder / row["video"]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from toy_data.clips import DataError, is_true
 
 VERSION = 1
-SIZE, FRAMES = 96, 12           # pixels a side, frames a clip
+SIZE, FRAMES = 64, 12           # pixels a side, frames a clip
 
 # ---- the grammar: what there is, commonest first ------------------------------------------------------
 
@@ -40,8 +40,8 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring")
 SIZES = ("large", "small", "medium")                     # medium is what is left unsaid
-PIXELS = {"large": (60, 66), "medium": (46, 50), "small": (32, 35)}
-PIXELS_IN_HALF = {"large": (42, 44), "medium": (35, 37), "small": (26, 28)}     # where two share the frame
+PIXELS = {"large": (40, 44), "medium": (31, 34), "small": (22, 24)}
+PIXELS_IN_HALF = {"large": (28, 29), "medium": (24, 25), "small": (18, 19)}     # where two share the frame
 BACKGROUNDS = {     # muted, so that none resembles a thing's colour: the ground, its shade, its light
     "grass": ((92, 106, 78), (76, 92, 64), (108, 120, 92)),
     "sand": ((168, 154, 126), (154, 140, 112), (180, 168, 142)),
@@ -51,8 +51,8 @@ BACKGROUNDS = {     # muted, so that none resembles a thing's colour: the ground
     "night": ((44, 46, 66), (36, 38, 56), (150, 150, 140)),
 }
 BOXES = {           # the part of the frame a thing keeps to: left, top, width, height
-    "": (0, 0, 96, 96), "top": (0, 0, 96, 48), "bottom": (0, 48, 96, 48),
-    "left-half": (0, 0, 48, 96), "right-half": (48, 0, 48, 96),
+    "": (0, 0, 64, 64), "top": (0, 0, 64, 32), "bottom": (0, 32, 64, 32),
+    "left-half": (0, 0, 32, 64), "right-half": (32, 0, 32, 64),
 }
 PLAIN = ("left", "right", "up", "down", "still")
 ACTIONS = ("jumps", "blinks", "swells", "shakes", "flashes")
@@ -500,7 +500,7 @@ def draw_background(name, generator):
     y, x = np.mgrid[:SIZE, :SIZE] + generator.integers(0, 24, (2, 1, 1))
     grains = generator.random((SIZE, SIZE))
     if name == "grass":     # blades: grains three pixels high
-        return np.repeat((grains[::3] < 0.25) + 2 * (grains[::3] > 0.88), 3, 0)
+        return np.repeat((grains < 0.25) + 2 * (grains > 0.88), 3, 0)[:SIZE]
     if name == "sand":
         return (grains < 0.12) + 2 * (grains > 0.94)
     if name == "water":     # waves
@@ -551,7 +551,7 @@ def track(motion, pixels, box, generator):
 
 def stamp(patch, inside, fill, dark):
     """The shape with an edge; in the dark the edge stays as bright as the shape was."""
-    core, side, edge = inside.copy(), len(inside), 1 if len(inside) < 30 else 2
+    core, side, edge = inside.copy(), len(inside), 1
     padded = np.pad(inside, edge)
     for i, j in ((0, edge), (2 * edge, edge), (edge, 0), (edge, 2 * edge)):
         core &= padded[i:i + side, j:j + side]
