@@ -118,7 +118,7 @@ class Config:
                    text_width=64, text_layers=2, text_heads=4, max_words=24, width=128, decoder_layers=2,
                    decoder_heads=4, decoder_pre_norm=True, dropout=0.0, codes=64, code_dim=16, vit_width=96,
                    vit_layers=3, vit_heads=4, tokenizer_width=96, tokenizer_layers=2, tokenizer_heads=4,
-                   tokenizer_warm=0.4, word_weight=30.0, augment=False, batch_size=32, epochs=20, lr=2e-3, video_lr=2.0,
+                   tokenizer_warm=0.4, word_weight=30.0, augment=False, batch_size=32, epochs=14, lr=2e-3, video_lr=2.0,
                    tokenizer_epochs=6, tokenizer_batch_size=32, tokenizer_lr=1e-3)
 
 
@@ -762,8 +762,8 @@ def common_flags(description, stage):
     add("--accumulate", type=positive, default=1, help="cut each batch in so many parts that are computed one after "
         "another: less memory, the same gradients (default: 1)")
     add("--lr", type=float, help=f"peak learning rate ({preset('lr')})")
-    add("--workers", type=int, default=min(2, max(1, (os.cpu_count() or 2) // 2)), help="processes that read clips, "
-        "0: none; changes no result (default here: %(default)s)")
+    add("--workers", type=int, default=max(0, min(4, (os.cpu_count() or 2) - 2)), help="processes that read clips; "
+        "changes no result (default: all cores but two, at most 4; here %(default)s)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda, else fp32 "
         "(default: auto)")
     add("--compile", action="store_true", help="torch.compile the model: slow start, then faster (default: off)")
