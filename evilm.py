@@ -91,7 +91,6 @@ class Config:
     batch_size: int = 64
     epochs: int = 20
     lr: float = 1e-4
-    video_lr: float = 1.0               # factor on the video encoder's learning rate
     weight_decay: float = 0.01
     warmup: float = 0.05                # share of the steps
     tokenizer_epochs: int = 10
@@ -114,11 +113,11 @@ class Config:
     def toy(cls):
         """The same method, sized so that both stages learn the synthetic clips in minutes on two CPU cores."""
         return cls(preset="toy", size=64, depths=(1, 1, 3, 1), dims=(16, 32, 64, 128), kernels=(3, 5, 5, 3),
-                   scales=(2, 2, 2, 2), xca_heads=4, layer_scale=0.5, vocab_rows=1024, words=1024, positions=64,
+                   scales=(2, 2, 2, 2), xca_heads=4, layer_scale=0.1, vocab_rows=1024, words=1024, positions=64,
                    text_width=64, text_layers=2, text_heads=4, max_words=24, width=128, decoder_layers=2,
                    decoder_heads=4, decoder_pre_norm=True, dropout=0.0, codes=64, code_dim=16, vit_width=96,
                    vit_layers=3, vit_heads=4, tokenizer_width=96, tokenizer_layers=2, tokenizer_heads=4,
-                   tokenizer_warm=0.4, word_weight=30.0, augment=False, batch_size=32, epochs=14, lr=2e-3, video_lr=2.0,
+                   tokenizer_warm=0.4, word_weight=30.0, augment=False, batch_size=32, epochs=14, lr=2e-3, mask_ratio=0.25,
                    tokenizer_epochs=6, tokenizer_batch_size=32, tokenizer_lr=1e-3)
 
 
@@ -422,13 +421,22 @@ def normalise(frames, mean, deviation):
 
 
 def initialise(module):
-    """Linear weights of size 1 / sqrt(inputs), so that signals keep theirs at any width; convolutions 0.02, as in
-    EdgeNeXt's release, since a norm follows each; embeddings 0.02, as in BERT. The paper does not say how weights start."""
+    """Linear weights of size 1 / sqrt(inputs), so that signals keep theirs at any width; embeddings 0.02, as in BERT.
+
+    The paper does not say how weights start where none are loaded.
+    """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
         nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+    if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
+
+
+def initialise_small(module):
+    """EdgeNeXt's own start, 0.02 everywhere: a norm follows each layer, so small weights mean larger relative steps."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
 
 
 def prediction_head(width, classes):
@@ -457,6 +465,7 @@ class EViLM(nn.Module):
         self.mlm_head = prediction_head(c.width, c.vocab_rows)
         self.mvm_head = prediction_head(c.width, c.codes)
         self.apply(initialise)
+        self.video_encoder.apply(initialise_small)
 
     def encode_video(self, frames):
         """Eq. (1): e^V. (B, T, 3, H, W) in [0, 1] -> (B, N, D), with the sines of time and place."""
@@ -904,18 +913,11 @@ def fail(line, status):
     return status
 
 
-def make_optimizer(model, lr, config, device):
-    """AdamW (4.1) with the relatives' beta of 0.98; no decay on norms, biases and other vectors.
-
-    `scale` of a group is its factor on the learning rate: `video_lr` for a video encoder that starts from nothing.
-    """
-    video = {id(p) for p in model.video_encoder.parameters()} if hasattr(model, "video_encoder") else set()
-    groups = {}
-    for p in filter(lambda p: p.requires_grad, model.parameters()):
-        scale = config.video_lr if id(p) in video else 1.0
-        decay = config.weight_decay if p.squeeze().ndim > 1 else 0.0
-        groups.setdefault((scale, decay), []).append(p)
-    groups = [{"params": params, "scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()]
+def make_optimizer(model, lr, weight_decay, device):
+    """AdamW (4.1), with the relatives' beta of 0.98; no decay on norms, biases and other vectors."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.squeeze().ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.squeeze().ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=device.type == "cuda")
 
 
@@ -988,7 +990,10 @@ def load(path, kind):
 
 def config_of(checkpoint):
     """The Config that a checkpoint was trained with, from its plain dict."""
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()})
+    try:
+        return Config(**checkpoint["config"])
+    except TypeError as error:
+        raise InputError(f"the checkpoint's config does not fit this version of evilm.py ({error})") from None
 
 
 class Run:
@@ -1078,7 +1083,7 @@ class Run:
 
     def set_learning_rate(self, peak, warmup):
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(self.step, self.steps, peak, warmup)
+            group["lr"] = learning_rate(self.step, self.steps, peak, warmup)
 
     def generator(self):
         """A generator on the CPU for this step, the same on all processes."""

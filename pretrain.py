@@ -263,14 +263,16 @@ def evaluate(model, loader, labels, wordpiece, objectives, machine):
                 sums["frames"] += B * codes.shape[1]
     model.train()
     for name, found in truths.items():      # the best constant guess, on these very cells and words
-        counts = machine.total(torch.bincount(torch.cat(found), minlength=10**5).cpu()) if found else torch.zeros(1)
-        sums[name + "_majority"], sums[name + "_all"] = int(counts.max()) / machine.world, int(counts.sum()) / machine.world
-    names = sorted(sums)
-    sums = dict(zip(names, machine.total([sums[name] for name in names]).tolist()))
-    whole = {"vtm": "pairs", "mlm_content": "content", "mlm_other_content": "content", "distinct": "frames"}
-    whole |= {name: name[:3] + "_all" for name in ("mlm", "mlm_majority", "mlm_other", "mvm", "mvm_majority", "mvm_mode",
-                                                   "mvm_copy")}
-    return {name: percent(sums[name], sums[of]) for name, of in whole.items() if name in sums and sums.get(of)}
+        found = torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.long)
+        counts = machine.total(torch.bincount(found, minlength=max(model.config.words, model.config.codes)))
+        sums[name + "_majority"], sums[name + "_all"] = int(counts.max()) / machine.world, len(found)
+    # Each score and what it is a share of; all processes add up the same list, whatever they have seen.
+    whole = {"vtm": "pairs", "mlm": "mlm_all", "mlm_majority": "mlm_all", "mlm_other": "mlm_all", "mlm_content": "content",
+             "mlm_other_content": "content", "mvm": "mvm_all", "mvm_majority": "mvm_all", "mvm_mode": "mvm_all",
+             "mvm_copy": "mvm_all", "distinct": "frames"}
+    names = sorted({*whole, *whole.values()})
+    sums = dict(zip(names, machine.total([float(sums[name]) for name in names]).tolist()))
+    return {name: sums[name] / sums[of] for name, of in whole.items() if sums[of]}
 
 
 def copied_codes(codes, cells):
@@ -429,7 +431,7 @@ def train(args, machine):
     for name in set(LOSSES) - set(args.objectives):             # a head without a loss gets no gradient
         getattr(model, f"{name}_head").requires_grad_(False)
     model.pooler.requires_grad_("vtm" in args.objectives)
-    optimizer = make_optimizer(model, args.lr, config, machine.device)
+    optimizer = make_optimizer(model, args.lr, config.weight_decay, machine.device)
     run = Run(args, "pretrain", config, wordpiece.vocab, ("objectives", "tokenizer"), machine)
     run.start(model, optimizer, args.resume)
     online = Labels(tokenizer, machine)

@@ -47,7 +47,7 @@ def parse(argv=None):
 def open_clips(args, machine):
     """The manifests {"train", "val", "test"} of --data; the synthetic set is rendered on first use."""
     if args.data == SYNTHETIC:
-        machine.first(lambda: toy_data.render(SYNTHETIC))
+        machine.first(lambda: Path(SYNTHETIC).exists() or toy_data.render(SYNTHETIC))
     machine.first(lambda: toy_data.open_splits(args.data))      # writes the index that the others then map
     splits, notes = toy_data.open_splits(args.data)
     for note in notes:
@@ -177,7 +177,7 @@ def train(args, machine):
                          augment=config.augment, mismatched=False)
     torch.manual_seed(args.seed)
     tokenizer = SemanticTokenizer(config).to(machine.device)
-    optimizer = make_optimizer(tokenizer, args.lr, config, machine.device)
+    optimizer = make_optimizer(tokenizer, args.lr, config.weight_decay, machine.device)
     run = Run(args, "tokenizer", config, wordpiece.vocab, ("loss", "revive_after"), machine)
     run.start(tokenizer, optimizer, args.resume)
 
@@ -194,7 +194,8 @@ def train(args, machine):
     for batch in run.steps_of(make_loader(clips, batches, collate, args, machine)):
         run.set_learning_rate(args.lr, config.warmup)
         if run.step == warm:
-            tokenizer.quantizer.start(machine.shared(embedded(tokenizer, batch)), run.generator())
+            tokenizer.quantizer.start(embedded(tokenizer, batch), run.generator())
+            machine.shared(tokenizer.quantizer.codebook.data)
         losses = torch.zeros(2, device=machine.device)
         for part, sync in machine.parts(model, batch, args.accumulate):
             with sync, machine.autocast():
@@ -209,7 +210,8 @@ def train(args, machine):
         run.optimise(losses)
         if args.revive_after and run.step % args.revive_after == 0 and warm < run.step < last_revival:
             used = machine.total(used)
-            tokenizer.quantizer.revive(used > 0, machine.shared(embedded(tokenizer, batch)), run.generator())
+            tokenizer.quantizer.revive(used > 0, embedded(tokenizer, batch), run.generator())
+            machine.shared(tokenizer.quantizer.codebook.data)
             used.zero_()
         run.state["used"] = used
         if run.step % epoch == 0 or run.step == run.steps:

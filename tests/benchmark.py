@@ -55,7 +55,7 @@ def make_batch(config, clips, device, words=12):
 
 
 def training_step(model, batch, machine):
-    optimizer = evilm.make_optimizer(model, 1e-4, model.config, machine.device)
+    optimizer = evilm.make_optimizer(model, 1e-4, 0.01, machine.device)
 
     def step():
         with machine.autocast():

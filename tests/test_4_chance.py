@@ -1,0 +1,79 @@
+"""Multiple choice cannot be answered from one side: models that see only the text or only the video stay at chance.
+
+Both are trained on the training split of the task itself, the fair meaning of "chance" (section 4's tasks are about
+video and language together). The set is small here; `python tests/test_4_chance.py DIR` does the same on a whole set.
+"""
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import pretrain
+from evilm import Config, EViLM, Machine, WordPiece
+from toy_data import open_splits, render
+
+CPU = Machine(torch.device("cpu"))
+TASKS = ("mc_caption", "mc_action", "mc_transition")
+
+
+def blind_accuracy(folder, task, side, steps, seed=0):
+    """Trains a model that sees one side alone on `task`, and returns (accuracy on test, number of questions)."""
+    splits, _ = open_splits(folder, task)
+    rows = {name: list(splits[name]) for name in ("train", "test")}
+    words = WordPiece.from_captions(option for row in rows["train"] for option in [row["question"], *row["options"]])
+    config = replace(Config.toy(), words=len(words), size=32)      # one cell a frame is enough to be blind with
+    torch.manual_seed(seed)
+    model, out = EViLM(config), torch.nn.Linear(config.width, 1 if side == "text" else 5)
+    optimizer = torch.optim.AdamW([*model.parameters(), *out.parameters()], lr=1e-3)
+    frames = {name: pretrain.read_videos(splits[name], rows[name], config)[0] for name in rows} if side == "video" else {}
+
+    def logits(name, chosen):
+        """(n, 5): of the options' texts where the text is seen, of their places where the video is."""
+        if side == "video":
+            return out(model.fuse(model.encode_video(pretrain.scale(frames[name][chosen])), None, None)[0])
+        texts = [f"{rows[name][i]['question']} {option}" for i in chosen.tolist() for option in rows[name][i]["options"]]
+        text, mask = pretrain.encode_captions(model, texts, words, CPU)
+        return out(model.fuse(None, text, mask)[0]).view(-1, 5)
+
+    answers = {name: torch.tensor([row["answer"] for row in found]) for name, found in rows.items()}
+    for _ in range(steps):
+        chosen = torch.randint(len(answers["train"]), (32,))
+        F.cross_entropy(logits("train", chosen), answers["train"][chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        found = torch.cat([logits("test", part) for part in torch.arange(len(answers["test"])).split(50)])
+    return float((found.argmax(1) == answers["test"]).float().mean()), len(found)
+
+
+def interval(share, n):
+    """Wilson's 95% interval of a share of n."""
+    z = 1.96
+    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+
+
+def test_one_side_alone_stays_at_chance_on_multiple_choice(tmp_path):
+    render(tmp_path / "set", 600)
+    for side in ("text", "video"):
+        accuracy, n = blind_accuracy(tmp_path / "set", "mc_caption", side, steps=30)
+        low, high = interval(accuracy, n)
+        assert low <= 0.2 <= high, f"{side} alone answers {accuracy:.0%} of {n}"
+
+
+def test_the_interval_is_wilsons():
+    low, high = interval(0.5, 100)
+    assert abs(low - 0.4038) < 1e-3 and abs(high - 0.5962) < 1e-3
+
+
+if __name__ == "__main__":
+    for task in TASKS:
+        for side in ("text", "video"):
+            for seed in range(3):
+                accuracy, n = blind_accuracy(sys.argv[1], task, side, 300, seed)
+                low, high = interval(accuracy, n)
+                print(f"{task:<14} {side:<6} alone, seed {seed}: {accuracy:.1%} of {n}, 95% interval {low:.1%} to {high:.1%}")
