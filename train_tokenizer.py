@@ -270,10 +270,11 @@ def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8
     scores = tokenizer.read_words(codebook.expand(-1, c.frames, c.grid, c.grid, -1)).sigmoid().cpu()
     lifts = scores - scores.mean(0)
     entries = []
-    for code in counts.argsort(descending=True)[:tiles].tolist():
-        words = [(wordpiece.vocab[len(SPECIAL) + k], float(scores[code, k])) for k in lifts[code].topk(4).indices.tolist()]
-        entries.append((f"code {code} · {counts[code] / counts.sum():.1%} of cells", np.stack(cells[code][:crops]), words))
-    pictures.codebook([entry for entry in entries if len(entry[1])], path, "What the most used codes stand for")
+    for code in counts.argsort(descending=True)[:min(tiles, int((counts > 0).sum()))].tolist():
+        words = [(wordpiece.vocab[len(SPECIAL) + k], float(scores[code, k])) for k in lifts[code].topk(4).indices]
+        label = f"code {code} · {counts[code] / counts.sum():.1%} of cells"
+        entries.append((label, np.stack(cells[code][:crops]), words))
+    pictures.codebook(entries, path, "What the most used codes stand for")
 
 
 def main():
