@@ -1,6 +1,7 @@
-"""E-ViLM: an efficient video-language model via masked video modeling with a semantic vector-quantized tokenizer.
+"""E-ViLM: efficient video-language model by masked video modeling with a semantic vector-quantized tokenizer.
 
-The whole method in one file, in the paper's order and words. `python evilm.py` prints Table 8, ours beside the paper's.
+The whole method in one file, in the paper's order and words. `python evilm.py` prints Table 8, ours beside
+the paper's.
 
     paper                                   here
     3.1   video encoder (EdgeNeXt)          EdgeNeXt, ConvEncoder, SDTAEncoder, CrossCovarianceAttention
@@ -43,12 +44,12 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------- Config
+# ----------------------------------------------------------------------------------------------------- Config
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every size and every training setting; `Config.paper()` is section 4.1, `Config.toy()` fits a laptop."""
+    """Every size and training setting; `Config.paper()` is section 4.1, `Config.toy()` fits a laptop."""
     preset: str = "paper"
     frames: int = 4                     # T, sparsely sampled (4.1)
     size: int = 256                     # pixels a side; a cell is 32x32, so g = size / 32
@@ -61,19 +62,19 @@ class Config:
     layer_scale: float = 1e-6           # what each block is multiplied by at first
     # language encoder: a BERT of 12 layers, 128 wide
     vocab_rows: int = 9157              # rows of the embedding: 30% of BERT's 30,522 words
-    words: int = 9157                   # rows in use; the rest are never drawn and count neither in a softmax nor in K
+    words: int = 9157                   # rows in use; the rest are never drawn, and count in no softmax nor K
     positions: int = 512
     text_width: int = 128
     text_layers: int = 12
     text_heads: int = 4
-    max_words: int = 30                 # a caption is cut there, [CLS] and [SEP] included (WebVid's mean is 20)
+    max_words: int = 30                 # a caption is cut there, with [CLS] and [SEP] (WebVid's mean is 20)
     # multi-modal decoder
     width: int = 384                    # D
     decoder_layers: int = 4
     decoder_heads: int = 6
     decoder_pre_norm: bool = False      # post-norm, BERT's, is what gives Table 8's count
     dropout: float = 0.1                # in the language encoder and the decoder, as in BERT
-    # semantic tokenizer: CLIP's ViT-B/32, 9,420 codes of 32 numbers, 8 layers that read the words from the codes
+    # semantic tokenizer: CLIP's ViT-B/32, 9,420 codes of 32 numbers, 8 layers that read words from the codes
     codes: int = 9420                   # M
     code_dim: int = 32
     vit_width: int = 768
@@ -85,9 +86,9 @@ class Config:
     # masking (4.1)
     mask_ratio: float = 0.40
     word_ratio: float = 0.15
-    augment: bool = True                # one random crop for all frames of a clip, never a flip ("left" is a word)
-    # training (4.1). The paper says neither batch size nor schedule nor how weights start: linear warm-up and cosine,
-    # weights from N(0, 0.02), as its relatives do; 64 clips a step is what fits one GPU of 16 GB.
+    augment: bool = True                # one random crop for a clip's frames, never a flip ("left" is a word)
+    # training (4.1). The paper says neither batch size nor schedule nor how weights start: linear warm-up and a
+    # cosine, as its relatives do; see `initialise`. (Fig. 6's 15K steps over 20 epochs would be 3,300 clips.)
     batch_size: int = 64
     epochs: int = 20
     lr: float = 1e-4
@@ -96,10 +97,11 @@ class Config:
     tokenizer_epochs: int = 10
     tokenizer_batch_size: int = 64
     tokenizer_lr: float = 2e-4
-    # The paper's tokenizer starts from CLIP. One that starts from nothing collapses: its vectors run to one point,
-    # where Eq. (7) costs nothing. Then words are learned first, for a share of the steps, from E(X) unquantized.
+    # The paper's tokenizer starts from CLIP. One that starts from nothing collapses: its vectors run to one
+    # point, where Eq. (7) costs nothing. Then words are learned first, for a share of the steps, from E(X)
+    # unquantized.
     tokenizer_warm: float = 0.0
-    word_weight: float = 1.0            # factor on L_TOKEN in Eq. (7), whose 1/K makes it small beside the code terms
+    word_weight: float = 1.0            # factor on L_TOKEN in Eq. (7), small beside the code terms by its 1/K
 
     @property
     def grid(self):
@@ -111,23 +113,25 @@ class Config:
 
     @classmethod
     def toy(cls):
-        """The same method, sized so that both stages learn the synthetic clips in minutes on two CPU cores."""
+        """The same method, sized so both stages learn the synthetic clips in minutes on two CPU cores."""
         return cls(preset="toy", size=64, depths=(1, 1, 3, 1), dims=(16, 32, 64, 128), kernels=(3, 5, 5, 3),
-                   scales=(2, 2, 2, 2), xca_heads=4, layer_scale=0.1, vocab_rows=1024, words=1024, positions=64,
-                   text_width=64, text_layers=2, text_heads=4, max_words=24, width=128, decoder_layers=2,
-                   decoder_heads=4, decoder_pre_norm=True, dropout=0.0, codes=64, code_dim=16, vit_width=96,
-                   vit_layers=3, vit_heads=4, tokenizer_width=96, tokenizer_layers=2, tokenizer_heads=4,
-                   tokenizer_warm=0.4, word_weight=30.0, augment=False, batch_size=32, epochs=14, lr=2e-3, mask_ratio=0.25,
-                   tokenizer_epochs=6, tokenizer_batch_size=32, tokenizer_lr=1e-3)
+                   scales=(2, 2, 2, 2), xca_heads=4, layer_scale=0.1, vocab_rows=1024, words=1024,
+                   positions=64, text_width=64, text_layers=2, text_heads=4, max_words=24, width=128,
+                   decoder_layers=2, decoder_heads=4, decoder_pre_norm=True, dropout=0.0, codes=64,
+                   code_dim=16, vit_width=96, vit_layers=3, vit_heads=4, tokenizer_width=96,
+                   tokenizer_layers=2, tokenizer_heads=4, tokenizer_warm=0.4, word_weight=30.0, augment=False,
+                   batch_size=32, epochs=14, lr=2e-3, mask_ratio=0.25, tokenizer_epochs=6,
+                   tokenizer_batch_size=32, tokenizer_lr=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------- Video encoder
+# ---------------------------------------------------------------------------------------------- Video encoder
 
 
 class CrossCovarianceAttention(nn.Module):
-    """XCA: attention between channels, not cells, so its cost grows linearly with cells. (N, cells, C) -> the same.
+    """XCA: attention between channels, not cells: its cost grows linearly with cells. (N, cells, C) -> same.
 
-    Ali et al., "XCiT", 2021: softmax(K^ Q^T / tau) over C/heads x C/heads, keys and queries l2-normalised over cells.
+    Ali et al., "XCiT", 2021: softmax(K^ Q^T / tau) over C/heads x C/heads, keys and queries l2-normalised
+    over cells.
     """
 
     def __init__(self, dim, heads):
@@ -139,7 +143,8 @@ class CrossCovarianceAttention(nn.Module):
 
     def forward(self, x):
         N, cells, C = x.shape
-        q, k, v = self.qkv(x).view(N, cells, 3, self.heads, C // self.heads).permute(2, 0, 3, 4, 1)  # (N, h, c, cells)
+        # q, k, v: (N, h, c, cells)
+        q, k, v = self.qkv(x).view(N, cells, 3, self.heads, C // self.heads).permute(2, 0, 3, 4, 1)
         attention = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
         return self.proj((attention.softmax(-1) @ v).permute(0, 3, 1, 2).reshape(N, cells, C))
 
@@ -156,15 +161,16 @@ class FourierPositions(nn.Module):
         weight = self.token_projection.weight
         steps = torch.arange(self.waves, device=weight.device)
         period = 10000 ** (2 * (steps // 2) / self.waves)
-        rows, columns = (2 * math.pi * torch.arange(1, n + 1, device=weight.device)[:, None] / (n + 1e-6) / period
-                         for n in (H, W))
+        rows, columns = (2 * math.pi * torch.arange(1, n + 1, device=weight.device)[:, None] / (n + 1e-6)
+                         / period for n in (H, W))
         rows, columns = (torch.where(steps % 2 == 0, angle.sin(), angle.cos()) for angle in (rows, columns))
-        sines = torch.cat([rows[:, None].expand(H, W, -1), columns[None].expand(H, W, -1)], -1)      # (H, W, 2 waves)
+        # (H, W, 2 waves)
+        sines = torch.cat([rows[:, None].expand(H, W, -1), columns[None].expand(H, W, -1)], -1)
         return self.token_projection(sines.permute(2, 0, 1)[None].to(weight.dtype))
 
 
 class ConvEncoder(nn.Module):
-    """EdgeNeXt's convolutional block: depth-wise convolution, then two linear layers at each cell. (N, C, H, W)."""
+    """EdgeNeXt's convolutional block: depth-wise convolution, two linear layers a cell. (N, C, H, W)."""
 
     def __init__(self, dim, kernel, layer_scale):
         super().__init__()
@@ -175,14 +181,14 @@ class ConvEncoder(nn.Module):
         self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
 
     def forward(self, x):
-        # Maps are kept channels-last in memory: the permutes are views, and no layer copies (tests/benchmark.py).
-        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))                                            # (N, H, W, C)
+        # Maps are kept channels-last in memory: permutes are views, and no layer copies (tests/benchmark.py).
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))                                   # (N, H, W, C)
         y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
         return x + y.permute(0, 3, 1, 2)
 
 
 class SDTAEncoder(nn.Module):
-    """EdgeNeXt's split depth-wise transpose attention: a cascade of 3x3 convolutions, then XCA. (N, C, H, W)."""
+    """EdgeNeXt's split depth-wise transpose attention: cascaded 3x3 convolutions, then XCA. (N, C, H, W)."""
 
     def __init__(self, dim, scales, heads, layer_scale, positions):
         super().__init__()
@@ -199,7 +205,7 @@ class SDTAEncoder(nn.Module):
         self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
 
     def cascade(self, x):
-        """Each part is convolved together with the result of the part before it; the last part passes untouched."""
+        """Each part is convolved together with the result of the one before; the last passes untouched."""
         parts = list(x.split(self.split, 1))
         for i, conv in enumerate(self.convs):
             parts[i] = conv(parts[i] if i == 0 else parts[i] + parts[i - 1])
@@ -210,7 +216,7 @@ class SDTAEncoder(nn.Module):
         y = self.cascade(x)
         if self.pos_embd is not None:
             y = y + self.pos_embd(H, W)
-        y = y.permute(0, 2, 3, 1).reshape(N, H * W, C)                                               # (N, cells, C)
+        y = y.permute(0, 2, 3, 1).reshape(N, H * W, C)                                      # (N, cells, C)
         y = y + self.gamma_xca * self.xca(self.norm_xca(y))
         y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(self.norm(y))))
         return x + y.view(N, H, W, C).permute(0, 3, 1, 2)
@@ -226,12 +232,12 @@ class ChannelNorm(nn.LayerNorm):
 class EdgeNeXt(nn.Module):
     """ENC_V of Eq. (1): EdgeNeXt (Maaz et al., 2022). (N, 3, H, W), normalised -> (N, dims[-1], H/32, W/32).
 
-    Parameters are named and shaped as in the authors' release, without its head; the release pools before the final
-    norm, here it is applied at each cell, since the decoder reads the grid.
+    Parameters are named and shaped as in the authors' release, without its head; the release pools before the
+    final norm, here it is applied at each cell, since the decoder reads the grid.
     """
 
-    def __init__(self, depths=(3, 3, 9, 3), dims=(48, 96, 160, 304), kernels=(3, 5, 7, 9), scales=(2, 2, 3, 4),
-                 heads=8, layer_scale=1e-6):
+    def __init__(self, depths=(3, 3, 9, 3), dims=(48, 96, 160, 304), kernels=(3, 5, 7, 9),
+                 scales=(2, 2, 3, 4), heads=8, layer_scale=1e-6):
         super().__init__()
         self.downsample_layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, dims[0], 4, stride=4),
                                                               ChannelNorm(dims[0], eps=1e-6))])
@@ -241,7 +247,7 @@ class EdgeNeXt(nn.Module):
                 self.downsample_layers.append(nn.Sequential(ChannelNorm(dims[i - 1], eps=1e-6),
                                                             nn.Conv2d(dims[i - 1], dim, 2, stride=2)))
             blocks = [ConvEncoder(dim, kernels[i], layer_scale) for _ in range(depth)]
-            if i > 0:                   # one SDTA block, last in stages 2 to 4; positions are told once, in stage 2
+            if i > 0:                   # one SDTA block, last in stages 2 to 4; positions are told in stage 2
                 blocks[-1] = SDTAEncoder(dim, scales[i], heads, layer_scale, positions=i == 1)
             self.stages.append(nn.Sequential(*blocks))
         self.norm = ChannelNorm(dims[-1], eps=1e-6)
@@ -253,19 +259,20 @@ class EdgeNeXt(nn.Module):
         return self.norm(x)
 
 
-# ------------------------------------------------------------------------------------------------ Language encoder
+# ------------------------------------------------------------------------------------------- Language encoder
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-PAD, UNK, CLS, SEP, MASK = range(5)     # a vocabulary that this file makes has the special tokens first, in this order
+PAD, UNK, CLS, SEP, MASK = range(5)     # a vocabulary that this file makes begins with these, in this order
 
 
 class WordPiece:
-    """BERT-uncased's splitting: words by greedy longest match against a vocabulary, `##` for what goes on a word."""
+    """BERT-uncased's splitting: words by greedy longest match in a vocabulary, `##` for what continues."""
 
     def __init__(self, vocab):
         missing = [token for token in SPECIAL if token not in vocab]
         if missing:
-            raise InputError(f"the vocabulary has no {' '.join(missing)}: is it BERT's vocab.txt, one word a line?")
+            raise InputError(f"the vocabulary has no {' '.join(missing)}: is it BERT's vocab.txt, "
+                             "one word a line?")
         self.vocab = list(vocab)
         self.index = {word: i for i, word in enumerate(self.vocab)}
 
@@ -274,11 +281,11 @@ class WordPiece:
 
     @staticmethod
     def split(text):
-        """Lower case, accents stripped, punctuation and CJK characters apart: "Été, 3x" -> ["ete", ",", "3x"]."""
+        """Lower case, accents stripped, punctuation and CJK apart: "Été, 3x" -> ["ete", ",", "3x"]."""
         pieces = []
         for letter in unicodedata.normalize("NFD", text.lower()):
             kind, code = unicodedata.category(letter), ord(letter)
-            symbol = 33 <= code <= 126 and not letter.isalnum()           # $, +, ^ ... are punctuation to BERT
+            symbol = 33 <= code <= 126 and not letter.isalnum()         # $, +, ^ ... are punctuation to BERT
             cjk = 0x3400 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0x20000 <= code <= 0x2FA1F
             if letter.isspace() or kind.startswith("Z"):
                 pieces.append(" ")
@@ -307,15 +314,15 @@ class WordPiece:
 
     @classmethod
     def from_captions(cls, captions, size=None):
-        """A vocabulary of whole words: the special tokens, then the words by count, at most `size` entries in all."""
+        """A vocabulary of whole words: the special tokens, then words by count, at most `size` entries."""
         counts = Counter(word for caption in captions for word in cls.split(caption))
         by_count = sorted(counts, key=lambda word: (-counts[word], word))
         return cls((SPECIAL + by_count)[:size])
 
     def keep_frequent(self, captions, share=0.30):
-        """The paper's truncation (4.1): exactly round(share * len) entries, the most frequent pieces of the captions.
+        """The paper's truncation (4.1): exactly round(share * len) entries, the most frequent pieces.
 
-        The special tokens come first; ties and words that never occur keep their order; `[unused...]` never stays.
+        Special tokens come first; ties and words that do not occur keep order; `[unused...]` never stays.
         """
         words = Counter(word for caption in captions for word in self.split(caption))
         counts = Counter()
@@ -333,7 +340,7 @@ def quick_gelu(x):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, then two linear layers. (B, L, C) -> the same; mask (B, 1, 1, L) is True where a key is real.
+    """Self-attention, then two linear layers. (B, L, C) -> the same; mask (B, 1, 1, L), True for real keys.
 
     Post-norm is BERT's: the language encoder and the paper preset's decoder. Pre-norm is the ViT's.
     """
@@ -353,7 +360,8 @@ class TransformerBlock(nn.Module):
 
     def attend(self, x, mask):
         B, L, C = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)      # (B, h, L, c)
+        # q, k, v: (B, h, L, c)
+        q, k, v = self.qkv(x).view(B, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.drop(self.proj(y.transpose(1, 2).reshape(B, L, C)))
 
@@ -397,19 +405,19 @@ class TextEmbedding(nn.Module):
         return self.dropout(self.norm(x))
 
 
-# ---------------------------------------------------------------------------------------------------------- E-ViLM
+# ----------------------------------------------------------------------------------------------------- E-ViLM
 
 
 def space_time_sines(T, g, width, device=None):
     """Fixed sines that tell a cell its frame, row and column: (T*g*g, width), in the cells' order.
 
-    The paper names no positions for e^V and Table 8 has no parameters for them; without any, a clip that moves left
-    and one that moves right would be the same set of cells to the decoder.
+    The paper names no positions for e^V and Table 8 has no parameters for them; without any, a clip that
+    moves left and one that moves right would be the same set of cells to the decoder.
     """
-    waves = width // 6                                                      # a sine and a cosine for each of t, y, x
-    frequency = 100.0 ** (-torch.arange(waves, device=device) / waves)      # positions stay below 100
+    waves = width // 6                                                  # sine and cosine for each of t, y, x
+    frequency = 100.0 ** (-torch.arange(waves, device=device) / waves)  # positions stay below 100
     axes = torch.meshgrid(*(torch.arange(n, device=device) for n in (T, g, g)), indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequency for axis in axes]             # three of (N, waves)
+    angles = [axis.reshape(-1, 1) * frequency for axis in axes]         # three of (N, waves)
     sines = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
     return F.pad(sines, (0, width - sines.shape[1]))
 
@@ -421,7 +429,7 @@ def normalise(frames, mean, deviation):
 
 
 def initialise(module):
-    """Linear weights of size 1 / sqrt(inputs), so that signals keep theirs at any width; embeddings 0.02, as in BERT.
+    """Linear weights of size 1 / sqrt(inputs), so signals keep theirs at any width; embeddings 0.02 (BERT).
 
     The paper does not say how weights start where none are loaded.
     """
@@ -433,7 +441,7 @@ def initialise(module):
 
 
 def initialise_small(module):
-    """EdgeNeXt's own start, 0.02 everywhere: a norm follows each layer, so small weights mean larger relative steps."""
+    """EdgeNeXt's own start, 0.02: a norm follows each layer, so small weights mean larger relative steps."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -445,7 +453,7 @@ def prediction_head(width, classes):
 
 
 class EViLM(nn.Module):
-    """The model of 3.1. Frames (B, T, 3, H, W) in [0, 1] and word ids (B, L) go in; see `forward` for what comes out."""
+    """The model of 3.1. Frames (B, T, 3, H, W) in [0, 1] and ids (B, L) go in; see `forward` for the rest."""
 
     def __init__(self, config):
         super().__init__()
@@ -458,7 +466,8 @@ class EViLM(nn.Module):
         self.token_type = nn.Parameter(0.02 * torch.randn(3, c.width))      # e^CLS, t^L, t^V
         self.decoder = Transformer(c.decoder_layers, c.width, c.decoder_heads, pre_norm=c.decoder_pre_norm,
                                    dropout=c.dropout)
-        # Pre-norm blocks leave their sum unnormalised; post-norm ones do not, and Table 8 has no room for a norm here.
+        # Pre-norm blocks leave their sum unnormalised; post-norm ones do not, and Table 8 has no room for a
+        # norm here.
         self.decoder_norm = nn.LayerNorm(c.width) if c.decoder_pre_norm else nn.Identity()
         self.pooler = nn.Sequential(nn.Linear(c.width, c.width), nn.Tanh())
         self.vtm_head = nn.Linear(c.width, 2)
@@ -482,8 +491,8 @@ class EViLM(nn.Module):
     def fuse(self, video, text, mask):
         """Eq. (2): -> h^CLS (B, D), h^L (B, L, D), h^V (B, N, D).
 
-        Either of video and text may be None (4.4: text alone, video alone); its h is then None. `mask` (B, L) is the
-        text's and is not looked at without text.
+        Either of video and text may be None (4.4: text alone, video alone); its h is then None. `mask` (B, L)
+        is the text's and is not looked at without text.
         """
         e_cls, t_text, t_video = self.token_type
         B = len(video if text is None else text)
@@ -499,17 +508,17 @@ class EViLM(nn.Module):
         return h[:, 0], None if text is None else h[:, 1:1 + L], None if video is None else h[:, 1 + L:]
 
     def match(self, video, text, mask):
-        """How well each video (B, N, D) fits each text (B, L, D): the difference of the 2-way head's logits, (B,)."""
+        """How well each video (B, N, D) fits each text (B, L, D): the difference of its 2 logits, (B,)."""
         logits = self.vtm_head(self.pooler(self.fuse(video, text, mask)[0])).float()
         return logits[:, 1] - logits[:, 0]
 
     def forward(self, frames, ids, mask, words=None, cells=None, mismatched=None):
         """One masked pass for all objectives of Eq. (8).
 
-        frames (B, T, 3, H, W), ids and mask (B, L): masked where an objective masks. `words` (B, L) and `cells`
-        (B, N) are True where something was masked and is to be predicted; `mismatched` is (ids, mask) of one wrong
-        caption a clip, of the same L. Returns (vtm (2B, 2): the matched pairs, then the mismatched; mlm (words
-        masked, K); mvm (cells masked, M)), None for each that was not asked for.
+        frames (B, T, 3, H, W), ids and mask (B, L): masked where an objective masks. `words` (B, L) and
+        `cells` (B, N) are True where something was masked and is to be predicted; `mismatched` is (ids, mask)
+        of one wrong caption a clip, of the same L. Returns (vtm (2B, 2): the matched pairs, then the
+        mismatched; mlm (words masked, K); mvm (cells masked, M)), None for each that was not asked for.
         """
         B = len(frames)
         video = self.encode_video(frames)                                                   # once a clip
@@ -524,14 +533,14 @@ class EViLM(nn.Module):
         return vtm, mlm, mvm
 
 
-# --------------------------------------------------------------------------------------------------------- Masking
+# ---------------------------------------------------------------------------------------------------- Masking
 
 
 def block_mask(n, grid, ratio, generator):
-    """Block-wise masking (4.1, after BEiT): bool (n, grid, grid), exactly round(ratio * grid^2) cells True in each.
+    """Block-wise masking (4.1, after BEiT): bool (n, grid, grid), in each exactly round(ratio * grid^2) True.
 
-    Rectangles of log-uniform aspect within [0.3, 1/0.3] and of at least max(1, target // 5) cells are laid until the
-    count is reached; of the last one only as many new cells count as are still wanted.
+    Rectangles of log-uniform aspect within [0.3, 1/0.3] and of at least max(1, target // 5) cells are laid
+    until the count is reached; of the last one only as many new cells count as are still wanted.
     """
     target = round(ratio * grid * grid)
     smallest = max(1, target // 5)
@@ -554,7 +563,7 @@ def block_mask(n, grid, ratio, generator):
 
 
 def mask_frames(frames, chosen):
-    """Zeros over the chosen cells (3.2). frames (B, T, 3, H, W) in [0, 1], chosen (B, T, g, g) -> like frames."""
+    """Zeros over the chosen cells (3.2). frames (B, T, 3, H, W) in [0, 1], chosen (B, T, g, g) -> frames."""
     scale = frames.shape[-1] // chosen.shape[-1]
     pixels = chosen.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
     return frames.masked_fill(pixels[:, :, None], 0.0)
@@ -563,8 +572,8 @@ def mask_frames(frames, chosen):
 def mask_words(ids, vocab_size, generator, ratio=0.15):
     """BERT's masking of one caption: ids (L,) -> (ids, chosen), both (L,).
 
-    Exactly max(1, round(ratio * n)) of its n words, none when n = 0: 80% become [MASK], 10% a random word, 10% stay.
-    Special tokens (ids below 5) are never chosen and never drawn.
+    Exactly max(1, round(ratio * n)) of its n words, none when n = 0: 80% become [MASK], 10% a random word,
+    10% stay. Special tokens (ids below 5) are never chosen and never drawn.
     """
     ids, words = ids.clone(), (ids > MASK).nonzero().flatten()
     count = max(1, round(ratio * len(words))) if len(words) else 0
@@ -577,9 +586,9 @@ def mask_words(ids, vocab_size, generator, ratio=0.15):
     return ids, chosen
 
 
-# ---------------------------------------------------------------------------------------------------------- Losses
-# Each is a sum over its count. `count` is given where a batch is cut over processes or accumulation steps: the count
-# of the whole batch, so that the parts' losses add up to the loss of the whole.
+# ----------------------------------------------------------------------------------------------------- Losses
+# Each is a sum over its count. `count` is given where a batch is cut over processes or accumulation steps:
+# the count of the whole batch, so that the parts' losses add up to the loss of the whole.
 
 
 def cross_entropy(logits, targets, count=None):
@@ -601,7 +610,7 @@ def mlm_loss(logits, targets, count=None):
 
 
 def vtm_loss(logits, targets, count=None):
-    """L_VTM of Eq. (8): logits (n, 2), targets (n,): 1 for a pair that matches, 0 for one that does not -> scalar."""
+    """L_VTM of Eq. (8): logits (n, 2), targets (n,): 1 for a pair that matches, else 0 -> scalar."""
     return cross_entropy(logits, targets, count)
 
 
@@ -616,17 +625,17 @@ def focal_loss(logits, targets):
 
 
 def rank_of_truth(scores, truth):
-    """Ranks of the right items, 1 the best; every tie counts against the query. scores (Q, n), truth (Q,) -> (Q,)."""
+    """Ranks of the right items, 1 best; ties count against the query. scores (Q, n), truth (Q,) -> (Q,)."""
     right = scores.gather(1, truth[:, None])
     return (scores >= right).sum(1)                                 # the right one itself is the 1
 
 
-# ---------------------------------------------------------------------------------------------- Semantic tokenizer
+# ----------------------------------------------------------------------------------------- Semantic tokenizer
 
 
 class ViT(nn.Module):
-    """E of 3.3: CLIP's vision transformer. (N, 3, H, W), normalised -> (N, cells, width): the patch tokens after the
-    last block, CLS dropped."""
+    """E of 3.3: CLIP's vision transformer. (N, 3, H, W), normalised -> (N, cells, width): the patch tokens
+    after the last block, CLS dropped."""
 
     def __init__(self, size=256, patch=32, width=768, layers=12, heads=12):
         super().__init__()
@@ -637,16 +646,17 @@ class ViT(nn.Module):
         self.blocks = Transformer(layers, width, heads, pre_norm=True, activation=quick_gelu, eps=1e-5)
 
     def forward(self, x):
-        x = self.patch(x).flatten(2).transpose(1, 2)                                        # (N, cells, width)
+        x = self.patch(x).flatten(2).transpose(1, 2)                                    # (N, cells, width)
         x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1) + self.positions
         return self.blocks(self.norm(x))[:, 1:]
 
 
 class VectorQuantizer(nn.Module):
-    """q of Eq. (4): the nearest code of a learnable codebook. (..., dim) -> quantized (..., dim), ids (...), loss.
+    """q of Eq. (4): nearest code of a learned codebook. (..., dim) -> quantized (..., dim), ids (...), loss.
 
-    Both sides are l2-normalised, so unit vectors come out and the nearest code is the largest inner product. `loss`
-    is the last two terms of Eq. (7), squared norms averaged over cells; the paper gives them no weights.
+    Both sides are l2-normalised, so unit vectors come out and the nearest code is the largest inner product.
+    `loss` is the last two terms of Eq. (7), squared norms averaged over cells; the paper gives them no
+    weights.
     """
 
     def __init__(self, codes, dim):
@@ -661,7 +671,7 @@ class VectorQuantizer(nn.Module):
             ids = (x.detach() @ codebook.detach().t()).argmax(-1)                           # Eq. (4)
         codes = F.embedding(ids, codebook)
         loss = ((x.detach() - codes) ** 2).sum(-1).mean() + ((x - codes.detach()) ** 2).sum(-1).mean()
-        return x + (codes - x).detach(), ids, loss                  # straight-through: E(X) gets the codes' gradient
+        return x + (codes - x).detach(), ids, loss                  # straight-through gradient to E(X)
 
     @torch.no_grad()
     def start(self, vectors, generator):
@@ -670,9 +680,9 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def revive(self, used, vectors, generator):
-        """Codes that no cell chose of late move to encoder outputs drawn at random: used (M,) bool, vectors (n, dim).
+        """Codes that no cell chose of late move to random encoder outputs: used (M,) bool, vectors (n, dim).
 
-        Not in the paper. A code that is never nearest gets no gradient from Eq. (7), so it would stay dead for ever.
+        Not in the paper. A code that is never nearest gets no gradient from Eq. (7), so it would stay dead.
         """
         dead = (~used).nonzero().flatten()
         drawn = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)
@@ -693,13 +703,14 @@ class SemanticTokenizer(nn.Module):
         self.head = nn.Linear(c.tokenizer_width, c.vocab_rows - len(SPECIAL))
         for part in (self.encoder.blocks, self.proj, self.decoder, self.head):
             part.apply(initialise)
-        nn.init.normal_(self.expand.weight)         # what comes in are unit vectors: this makes each number of size 1
-        nn.init.constant_(self.head.bias, -3.0)     # words are rare, as in the focal loss's own paper (Lin et al.)
+        nn.init.normal_(self.expand.weight)         # unit vectors come in: this makes each number of size 1
+        nn.init.constant_(self.head.bias, -3.0)     # words are rare, as in Lin et al. (the focal loss)
 
     def embed(self, frames):
         """E(X): (B, T, 3, H, W) in [0, 1] -> (B, T, g, g, code_dim)."""
         B, T = frames.shape[:2]
-        frames = normalise(frames, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))     # CLIP's
+        frames = normalise(frames, (0.48145466, 0.4578275, 0.40821073),
+                           (0.26862954, 0.26130258, 0.27577711))                            # CLIP's
         cells = self.proj(self.encoder(frames.flatten(0, 1)))
         g = math.isqrt(cells.shape[1])
         return cells.view(B, T, g, g, -1)
@@ -732,13 +743,13 @@ class SemanticTokenizer(nn.Module):
 
 
 def words_present(ids, mask, words):
-    """y^S of Eq. (6): which words a caption has. ids, mask (B, L) -> float (B, words - 5), special tokens left out."""
+    """y^S of Eq. (6): a caption's words. ids, mask (B, L) -> float (B, words - 5), without special tokens."""
     present = torch.zeros(len(ids), words, device=ids.device)
     present.scatter_(1, ids * mask, 1.0)                            # padding falls on [PAD], which is cut off
     return present[:, len(SPECIAL):]
 
 
-# -------------------------------------------------------------------------------------------------------- Training
+# --------------------------------------------------------------------------------------------------- Training
 # What the scripts share: flags, device, precision, processes, schedule, steps, checkpoints, the log.
 
 
@@ -751,7 +762,7 @@ class NotFinite(InputError):
 
 
 def common_flags(description, stage):
-    """The flags that all scripts share; `stage` is the prefix of the preset's settings ("" or "tokenizer_")."""
+    """The flags that all scripts share; `stage` is the prefix of preset settings ("" or "tokenizer_")."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -760,29 +771,34 @@ def common_flags(description, stage):
         return f"default: the preset's, {toy:g} in toy, {paper:g} in paper"
 
     add = parser.add_argument
-    add("--data", default="data/toy", metavar="DIR", help="folder of clips with train.jsonl or captions.jsonl; the "
-        "synthetic set is rendered there if the folder does not exist (default: data/toy)")
+    add("--data", default="data/toy", metavar="DIR", help="folder of clips with train.jsonl or "
+        "captions.jsonl; the synthetic set is rendered there if the folder does not exist "
+        "(default: data/toy)")
     add("--preset", default="toy", metavar="toy|paper", help="sizes and settings (default: toy)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto, the best there is")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+        help="default: auto, the best there is")
     add("--epochs", type=positive, help=f"passes over the training clips ({preset('epochs')})")
-    add("--max-steps", type=positive, help="end after so many steps, the schedule shortened to them (default: none)")
+    add("--max-steps", type=positive, help="end after so many steps, the schedule shortened to them "
+        "(default: none)")
     add("--batch-size", type=positive, help="clips a step in all; processes and --accumulate divide them "
         f"({preset('batch_size')})")
-    add("--accumulate", type=positive, default=1, help="cut each batch in so many parts that are computed one after "
-        "another: less memory, the same gradients (default: 1)")
+    add("--accumulate", type=positive, default=1, help="cut each batch in so many parts that are computed "
+        "one after another: less memory, the same gradients (default: 1)")
     add("--lr", type=float, help=f"peak learning rate ({preset('lr')})")
-    add("--workers", type=int, default=max(0, min(4, (os.cpu_count() or 2) - 2)), help="processes that read clips; "
-        "changes no result (default: all cores but two, at most 4; here %(default)s)")
+    add("--workers", type=int, default=max(0, min(4, (os.cpu_count() or 2) - 2)), help="processes that read "
+        "clips; changes no result (default: all cores but two, at most 4; here %(default)s)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda, else fp32 "
         "(default: auto)")
-    add("--compile", action="store_true", help="torch.compile the model: slow start, then faster (default: off)")
+    add("--compile", action="store_true", help="torch.compile the model: slow start, then faster "
+        "(default: off)")
     add("--seed", type=int, default=0, help="all randomness follows from it (default: 0)")
-    add("--save-every", type=positive, default=200, metavar="STEPS", help="write last.pt so often, and after each epoch "
-        "(default: 200)")
-    add("--resume", action="store_true", help="go on from OUT/last.pt, to the same weights as an unbroken run")
+    add("--save-every", type=positive, default=200, metavar="STEPS", help="write last.pt so often, and after "
+        "each epoch (default: 200)")
+    add("--resume", action="store_true", help="go on from OUT/last.pt, to the same weights as an unbroken "
+        "run")
     add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
-    add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions are kept "
-        "(default: a vocabulary is made from the training captions)")
+    add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions "
+        "are kept (default: a vocabulary is made from the training captions)")
     return parser
 
 
@@ -797,7 +813,8 @@ def configure(args, stage=""):
     """The preset's Config with what the flags change; the flags left out are filled from it."""
     presets = {"toy": Config.toy, "paper": Config.paper}
     if args.preset not in presets:
-        raise InputError(f"--preset {args.preset}: there is no such preset; it is one of {', '.join(presets)}")
+        raise InputError(f"--preset {args.preset}: there is no such preset; it is one of "
+                         f"{', '.join(presets)}")
     config = presets[args.preset]()
     for name in ("epochs", "batch_size", "lr"):
         if getattr(args, name) is None:
@@ -840,13 +857,13 @@ class Machine:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
     def wrap(self, model, compiled):
-        """The model as it is called in training: compiled where asked for, and over several processes by PyTorch's
-        DistributedDataParallel, which averages their gradients."""
+        """The model as it is called in training: compiled where asked for, and over several processes by
+        PyTorch's DistributedDataParallel, which averages their gradients."""
         model = torch.compile(model, dynamic=True) if compiled else model
         return DistributedDataParallel(model) if self.world > 1 else model
 
     def parts(self, model, batch, parts):
-        """A batch cut along its clips for --accumulate: pairs (part, context). Gradients meet after the last alone."""
+        """A batch cut by clips for --accumulate: (part, context). Gradients meet after the last alone."""
         size = len(batch["frames"])
         cut = -(-size // parts)
         for start in range(0, size, cut):
@@ -859,7 +876,8 @@ class Machine:
         values = values.clone() if torch.is_tensor(values) else torch.tensor(values, dtype=torch.float64)
         if self.world == 1:
             return values
-        there = values.to(self.device) if self.device.type == "cuda" else values.cpu()      # nccl's side, or gloo's
+        # on nccl's side, or gloo's
+        there = values.to(self.device) if self.device.type == "cuda" else values.cpu()
         dist.all_reduce(there)
         return there.to(values.device)
 
@@ -877,7 +895,8 @@ def set_up(device="auto", precision="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no CUDA device here; --device auto takes what there is")
+        raise InputError("--device cuda: PyTorch finds no CUDA device here; "
+                         "--device auto takes what there is")
     if device == "mps" and not mps:
         raise InputError("--device mps: PyTorch finds no Apple GPU here; --device auto takes what there is")
     if device == "cuda":
@@ -930,7 +949,7 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def prefetch(loader, device):
-    """Yields (batch on the device, seconds waited for it). On CUDA the next batch is copied while this one computes."""
+    """Yields (batch on the device, seconds waited). On CUDA the next is copied while this one computes."""
     stream = torch.cuda.Stream() if device.type == "cuda" else None
     ahead = None
     batches = iter(loader)
@@ -951,7 +970,7 @@ def prefetch(loader, device):
         if stream is not None:
             torch.cuda.current_stream().wait_stream(stream)
             for value in filter(torch.is_tensor, batch.values()):
-                value.record_stream(torch.cuda.current_stream())    # its memory is not reused before it is read
+                value.record_stream(torch.cuda.current_stream())    # no reuse of its memory before it is read
             ahead = (batch, waited)
 
 
@@ -1010,7 +1029,7 @@ class Run:
         self.constant = {"kind": kind, "config": asdict(config), "vocab": vocab, "settings": settings}
         self.step, self.steps, self.best = 0, 0, -math.inf
         self.state = {}             # tensors that a script wants to find again after --resume
-        self.stop = False           # set by Ctrl-C and SIGTERM: the step is finished and saved, then the run ends
+        self.stop = False           # set by Ctrl-C and SIGTERM: the step is finished, saved, and the run ends
         self.pending, self.broken = None, set()
         self.seconds = self.waited = self.clips = 0
 
@@ -1025,7 +1044,8 @@ class Run:
             if any(self.folder.glob("*.pt")):
                 aside = next(p for i in range(1, 10**6) if not (p := Path(f"{self.folder}.{i}")).exists())
                 self.folder.rename(aside)
-                self.machine.say(f"{self.folder} held an older run: moved to {aside} (--resume goes on instead)")
+                self.machine.say(f"{self.folder} held an older run: moved to {aside} "
+                                 "(--resume goes on instead)")
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "metrics.jsonl").write_text("")
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1040,11 +1060,13 @@ class Run:
         path = self.folder / "last.pt"
         for name, value in self.constant["settings"].items():
             if checkpoint["settings"].get(name) != value:
-                raise InputError(f"{path} was trained with --{name.replace('_', '-')} {checkpoint['settings'].get(name)}"
-                                 f", not {value}: resume with the flags it began with, or choose another --out")
+                raise InputError(f"{path} was trained with --{name.replace('_', '-')} "
+                                 f"{checkpoint['settings'].get(name)}, not {value}: resume with the flags it "
+                                 "began with, or choose another --out")
         for name in ("config", "vocab"):
             if checkpoint[name] != self.constant[name]:
-                raise InputError(f"{path} was trained with another {'preset' if name == 'config' else 'vocabulary'}: "
+                raise InputError(f"{path} was trained with another "
+                                 f"{'preset' if name == 'config' else 'vocabulary'}: "
                                  "resume with the flags it began with, or choose another --out")
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1057,7 +1079,7 @@ class Run:
     # ---- the steps
 
     def steps_of(self, loader):
-        """The batches of the steps that are left, with a progress bar; ends the run in order when it is interrupted."""
+        """The batches of the steps that are left, with a progress bar; ends in order when interrupted."""
         machine, began = self.machine, time.perf_counter()
         with tqdm(total=self.steps, initial=self.step, unit="step", disable=not machine.main) as bar:
             for batch, waited in prefetch(loader, machine.device):
@@ -1065,13 +1087,15 @@ class Run:
                     if line not in self.broken:
                         machine.say(f"broken clip, replaced: {line}")
                     self.broken.add(line)
-                torch.manual_seed(self.seed * 1_000_003 + self.step * machine.world + machine.rank)     # dropout's
+                # dropout's
+                torch.manual_seed(self.seed * 1_000_003 + self.step * machine.world + machine.rank)
                 yield batch
                 self.clips += len(batch["frames"]) * machine.world
                 self.waited += waited
                 self.seconds = time.perf_counter() - began
                 if self.step % 20 == 0:
-                    bar.set_postfix_str(f"loss {float(self.pending.sum()):.3f}, {self.clips / self.seconds:.0f} clips/s")
+                    bar.set_postfix_str(f"loss {float(self.pending.sum()):.3f}, "
+                                        f"{self.clips / self.seconds:.0f} clips/s")
                 bar.update()
                 if self.step % self.save_every == 0:
                     self.save_last()
@@ -1090,7 +1114,7 @@ class Run:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
 
     def optimise(self, losses):
-        """One step along the gradients, whose norm is clipped to 1. `losses` are this process's shares of each loss."""
+        """One step along the gradients, norm clipped to 1. `losses` are this process's share of each loss."""
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -1099,10 +1123,10 @@ class Run:
         self.step += 1
 
     def check_finite(self):
-        """Looks at the losses of the step before: by now they are there, and CUDA need not wait for this step's."""
+        """Looks at the step before's losses: by now they are there; CUDA need not wait for this step's."""
         if self.pending is not None and not torch.isfinite(self.machine.total(self.pending)).all():
-            raise NotFinite(f"the loss is not finite at step {self.step:,}; {self.folder}/last.pt is from before. "
-                            "A lower --lr or --precision fp32 may help")
+            raise NotFinite(f"the loss is not finite at step {self.step:,}; {self.folder}/last.pt is from "
+                            "before. A lower --lr or --precision fp32 may help")
 
     # ---- what it leaves
 
@@ -1132,22 +1156,25 @@ class Run:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     def say_speed(self):
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin"
+                                                                       else 2**20)
         if self.machine.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         if self.clips:
-            self.machine.say(f"{self.clips / self.seconds:.0f} clips/s, {self.waited / self.seconds:.1%} of the time "
-                             f"spent waiting for clips, {memory:.2f} GiB at most; broken clips: {len(self.broken)}")
+            self.machine.say(f"{self.clips / self.seconds:.0f} clips/s, {self.waited / self.seconds:.1%} of "
+                             f"the time spent waiting for clips, {memory:.2f} GiB at most; broken clips: "
+                             f"{len(self.broken)}")
 
 
 def table8(config):
     """Table 8: [(row, parameters, the paper's figure)] of the model that `config` makes, by counting them."""
     model = EViLM(config)
-    rows = [("Textual Embedding Layer", model.text_embedding, "1.2M"), ("Textual Encoder", model.text_encoder, "2.4M"),
-            ("Textual MLP Layer", model.text_proj, "49.5K"), ("Token Type Emb. Layer", model.token_type, "1.2K"),
+    rows = [("Textual Embedding Layer", model.text_embedding, "1.2M"),
+            ("Textual Encoder", model.text_encoder, "2.4M"), ("Textual MLP Layer", model.text_proj, "49.5K"),
+            ("Token Type Emb. Layer", model.token_type, "1.2K"),
             ("Visual Encoder", model.video_encoder, "5.3M"), ("Visual MLP Layer", model.video_proj, "117K"),
-            ("Multi-Modal Decoder", model.decoder, "7.1M"), ("Multi-modal Pooling Layer", model.pooler, "147K"),
-            ("CLS HEAD", model.vtm_head, "770")]
+            ("Multi-Modal Decoder", model.decoder, "7.1M"),
+            ("Multi-modal Pooling Layer", model.pooler, "147K"), ("CLS HEAD", model.vtm_head, "770")]
 
     def count(part):
         return part.numel() if torch.is_tensor(part) else sum(p.numel() for p in part.parameters())
@@ -1161,7 +1188,8 @@ def table8(config):
 def multiply_adds(config, words=30):
     """Multiply-adds of one clip and a caption of `words` tokens, part by part, in G: {part: G}.
 
-    Counted by PyTorch over the running model: products of matrices and convolutions, a multiply and an add as one.
+    Counted by PyTorch over the running model: products of matrices and convolutions, a multiply and an add as
+    one.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -1181,22 +1209,24 @@ def multiply_adds(config, words=30):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prints Table 8 and the multiply-adds, ours beside the paper's.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Prints Table 8 and the multiply-adds, ours beside the "
+                                     "paper's.", allow_abbrev=False)
     parser.add_argument("--preset", default="paper", metavar="toy|paper", help="default: paper")
     args = parser.parse_args()
     presets = {"toy": Config.toy(), "paper": Config.paper()}
     if args.preset not in presets:
-        raise InputError(f"--preset {args.preset}: there is no such preset; it is one of {', '.join(presets)}")
+        raise InputError(f"--preset {args.preset}: there is no such preset; it is one of "
+                         f"{', '.join(presets)}")
     config = presets[args.preset]
     print(f"Table 8, preset {args.preset}\n{'':<28}{'parameters':>12}{'paper':>9}")
     for name, count, paper in table8(config):
         print(f"{name:<28}{count:>12,}{paper:>9}")
     cost = multiply_adds(config)
     print(f"\nG multiply-adds a clip: {config.frames} frames of {config.size}x{config.size}, 30 words")
-    print(f"  visual {cost['visual']:.2f} ({cost['visual'] / config.frames:.2f} a frame; the paper: 1.26)  +  textual "
-          f"{cost['textual']:.2f}  +  decoder {cost['decoder']:.2f}  =  {cost['model']:.2f}")
-    print(f"  counting a multiply and an add apart: {2 * cost['model']:.1f} GFLOPs (the paper says 12.2, not how counted)")
+    print(f"  visual {cost['visual']:.2f} ({cost['visual'] / config.frames:.2f} a frame; the paper: 1.26)  "
+          f"+  textual {cost['textual']:.2f}  +  decoder {cost['decoder']:.2f}  =  {cost['model']:.2f}")
+    print(f"  counting a multiply and an add apart: {2 * cost['model']:.1f} GFLOPs "
+          "(the paper says 12.2, not how counted)")
     print(f"  the tokenizer's share, if codes are computed online: {cost['tokenizer']:.2f}")
 
 

@@ -1,13 +1,12 @@
 """Stage 2: video-language pretraining (3.4), L = L_MLM + L_VTM + L_MVM. The main job.
 
-    python pretrain.py                                          the toy preset on the synthetic set, on what there is
+    python pretrain.py                                  the toy preset on the synthetic set, on what there is
     python pretrain.py --device cuda --preset paper --data webvid
-    torchrun --nproc-per-node=2 pretrain.py                     over processes; several nodes: torchrun's own flags
+    torchrun --nproc-per-node=2 pretrain.py             over processes; several nodes: torchrun's own flags
 
-Trains the tokenizer first where there is none. Leaves in --out: last.pt (go on with --resume), best.pt (highest mean
-val accuracy), metrics.jsonl, curves.png, masked.png, retrieval.png.
+Trains the tokenizer first where there is none. Leaves in --out: last.pt (go on with --resume), best.pt
+(highest mean val accuracy), metrics.jsonl, curves.png, masked.png, retrieval.png.
 """
-import contextlib
 import hashlib
 import math
 import os
@@ -20,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import train_tokenizer
-from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, common_flags, config_of, configure, load,
-                   make_optimizer, mask_frames, mask_words, mlm_loss, mvm_loss, prefetch, rank_of_truth, run_script, save,
-                   set_up, vtm_loss)
+from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, common_flags, config_of, configure,
+                   load, make_optimizer, mask_frames, mask_words, mlm_loss, mvm_loss, prefetch, rank_of_truth,
+                   run_script, save, set_up, vtm_loss)
 from toy_data import Batches, BrokenClip, ClipCaptions, DataError, open_splits, pictures, read_clip, spans
 from train_tokenizer import evaluation_loader, make_loader, make_vocabulary, open_clips, pad, scale
 
@@ -32,15 +31,16 @@ FUNCTION_WORDS = set("a an the is are there that and then while on at in of to w
 
 def parse(argv=None):
     parser = common_flags(__doc__, stage="")
-    parser.add_argument("--tokenizer", default="runs/tokenizer", metavar="PATH|none", help="run or checkpoint of "
-                        "train_tokenizer.py; trained first where there is none; none: no MVM (default: runs/tokenizer)")
-    parser.add_argument("--objectives", default="vtm,mlm,mvm", metavar="LIST", help="which losses of Eq. (8), Table 5's "
-                        "switches; one that is off masks nothing (default: vtm,mlm,mvm)")
-    parser.add_argument("--codes", default="auto", choices=["auto", "kept", "online"], help="MVM's labels: kept, "
-                        "computed once for every source frame and saved beside the tokenizer, or online; auto: kept "
-                        "where frames are not augmented (default: auto)")
-    parser.add_argument("--keep-at", default="", metavar="SHARES", help="leave checkpoints at these shares of the run, "
-                        "e.g. 0.2,0.4 (default: none)")
+    parser.add_argument("--tokenizer", default="runs/tokenizer", metavar="PATH|none", help="run or "
+                        "checkpoint of train_tokenizer.py; trained first where there is none; none: no MVM "
+                        "(default: runs/tokenizer)")
+    parser.add_argument("--objectives", default="vtm,mlm,mvm", metavar="LIST", help="which losses of Eq. "
+                        "(8), Table 5's switches; one that is off masks nothing (default: vtm,mlm,mvm)")
+    parser.add_argument("--codes", default="auto", choices=["auto", "kept", "online"], help="MVM's labels: "
+                        "kept, computed once for every source frame and saved beside the tokenizer, or "
+                        "online; auto: kept where frames are not augmented (default: auto)")
+    parser.add_argument("--keep-at", default="", metavar="SHARES", help="leave checkpoints at these shares "
+                        "of the run, e.g. 0.2,0.4 (default: none)")
     parser.add_argument("--out", default="runs/pretrain", metavar="DIR", help="the run's folder (default: "
                         "runs/pretrain)")
     args = parser.parse_args(argv)
@@ -56,15 +56,16 @@ def parse(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------------------------------------ masked batches
+# --------------------------------------------------------------------------------------------- masked batches
 
 
 class PretrainBatch:
     """Makes a batch of samples and masks it; all masks of a sample follow from (seed, epoch, index).
 
-    Frames (B, T, 3, H, W) uint8 travel whole. Texts are (B, 2, L): [:, 0] the matched captions, [:, 1] the mismatched:
-    `ids` whole, `masked` with words masked, `mask` True where a word is; `words` (B, L) are the matched captions'
-    words to predict. `cells` (B, T, g, g) are to be masked. `rows` (B,) and `numbers` (B, T): where frames come from.
+    Frames (B, T, 3, H, W) uint8 travel whole. Texts are (B, 2, L): [:, 0] the matched captions, [:, 1] the
+    mismatched: `ids` whole, `masked` with words masked, `mask` True where a word is; `words` (B, L) are the
+    matched captions' words to predict. `cells` (B, T, g, g) are to be masked. `rows` (B,) and `numbers`
+    (B, T): where frames come from.
     """
     mismatched = True
 
@@ -73,7 +74,8 @@ class PretrainBatch:
 
     def __call__(self, samples):
         c = self.config
-        texts = [self.wordpiece.encode(s[name], c.max_words) for s in samples for name in ("caption", "mismatched")]
+        texts = [self.wordpiece.encode(s[name], c.max_words)
+                 for s in samples for name in ("caption", "mismatched")]
         ids, mask = (x.view(len(samples), 2, -1) for x in pad(texts, max(map(len, texts))))
         masked, chosen = ids.clone(), torch.zeros_like(mask)
         cells = torch.zeros(len(samples), c.frames, c.grid, c.grid, dtype=torch.bool)
@@ -85,24 +87,27 @@ class PretrainBatch:
             if "mlm" in self.objectives:        # in both captions, or a [MASK] would tell which pair is right
                 for j in range(2):
                     masked[i, j], chosen[i, j] = mask_words(ids[i, j], c.words, generator, c.word_ratio)
-        return {"frames": torch.stack([s["frames"] for s in samples]), "ids": ids, "masked": masked, "mask": mask,
-                "words": chosen[:, 0], "cells": cells, "rows": torch.tensor([s["index"] for s in samples]),
+        return {"frames": torch.stack([s["frames"] for s in samples]), "ids": ids, "masked": masked,
+                "mask": mask, "words": chosen[:, 0], "cells": cells,
+                "rows": torch.tensor([s["index"] for s in samples]),
                 "numbers": torch.stack([torch.as_tensor(s["numbers"]) for s in samples]),
-                "captions": [s["caption"] for s in samples], "broken": [line for s in samples for line in s["broken"]]}
+                "captions": [s["caption"] for s in samples],
+                "broken": [line for s in samples for line in s["broken"]]}
 
 
 def masked_pass(model, batch, objectives):
-    """One masked pass (3.2) -> {objective: (logits, targets)}; `codes` (B, T, g, g) of the batch are MVM's labels."""
+    """One masked pass (3.2) -> {objective: (logits, targets)}; the batch's `codes` (B, T, g, g) label MVM."""
     frames, B = scale(batch["frames"]), len(batch["frames"])
     if "mvm" in objectives:
         frames = mask_frames(frames, batch["cells"])
     vtm, mlm, mvm = model(frames, batch["masked"][:, 0], batch["mask"][:, 0],
                           words=batch["words"] if "mlm" in objectives else None,
                           cells=batch["cells"].flatten(1) if "mvm" in objectives else None,
-                          mismatched=(batch["masked"][:, 1], batch["mask"][:, 1]) if "vtm" in objectives else None)
+                          mismatched=(batch["masked"][:, 1], batch["mask"][:, 1])
+                          if "vtm" in objectives else None)
     predicted = {}
     if vtm is not None:
-        predicted["vtm"] = vtm, torch.arange(2 * B, device=vtm.device).lt(B).long()         # 1: the pair matches
+        predicted["vtm"] = vtm, torch.arange(2 * B, device=vtm.device).lt(B).long()     # 1: the pair matches
     if mlm is not None:
         predicted["mlm"] = mlm, batch["ids"][:, 0][batch["words"]]
     if mvm is not None:
@@ -110,12 +115,12 @@ def masked_pass(model, batch, objectives):
     return predicted
 
 
-# ---------------------------------------------------------------------------------------------------- the tokenizer
+# ---------------------------------------------------------------------------------------------- the tokenizer
 
 
 def open_tokenizer(args, config, wordpiece, machine):
-    """The tokenizer that --tokenizer names, in evaluation mode, and its run's folder; it is trained where there is
-    none. (None, None) without MVM."""
+    """The tokenizer that --tokenizer names, in evaluation mode, and its run's folder; it is trained where
+    there is none. (None, None) without MVM."""
     if "mvm" not in args.objectives:
         return None, None
     path = Path(args.tokenizer)
@@ -124,9 +129,11 @@ def open_tokenizer(args, config, wordpiece, machine):
         raise InputError(f"--tokenizer {path}: there is no such checkpoint")
     if not path.exists():
         machine.say(f"no tokenizer in {path.parent}: training one first (python train_tokenizer.py)")
-        flags = ["--data", args.data, "--preset", args.preset, "--device", args.device, "--precision", args.precision,
-                 "--workers", str(args.workers), "--seed", str(args.seed), "--out", str(path.parent)]
-        flags += ["--max-steps", str(args.max_steps)] * bool(args.max_steps) + ["--vocab", args.vocab] * bool(args.vocab)
+        flags = ["--data", args.data, "--preset", args.preset, "--device", args.device,
+                 "--precision", args.precision, "--workers", str(args.workers), "--seed", str(args.seed),
+                 "--out", str(path.parent)]
+        flags += (["--max-steps", str(args.max_steps)] * bool(args.max_steps)
+                  + ["--vocab", args.vocab] * bool(args.vocab))
         flags += ["--compile"] * args.compile + ["--strict"] * args.strict
         flags += ["--resume"] * (path.parent / "last.pt").exists()
         train_tokenizer.train(train_tokenizer.parse(flags), machine)
@@ -142,7 +149,7 @@ def open_tokenizer(args, config, wordpiece, machine):
 
 
 class Labels:
-    """MVM's labels of a batch, (B, T, g, g): from the tokenizer online, or looked up where codes are kept (3.3).
+    """MVM's labels of a batch, (B, T, g, g): from the tokenizer online, or looked up where kept (3.3).
 
     `starts` (rows,) is where a row's clip begins in `codes` (source frames of all clips, g, g).
     """
@@ -161,7 +168,7 @@ class Labels:
 
 
 class WholeClips(Dataset):
-    """All source frames of each video of a manifest, once: (F, 3, size, size) uint8; none where a clip is broken."""
+    """All source frames of each video of a manifest, once: (F, 3, size, size) uint8; none if it is broken."""
 
     def __init__(self, manifest, size):
         self.manifest, self.size = manifest, size
@@ -183,7 +190,8 @@ class WholeClips(Dataset):
 def keep_codes(tokenizer, folder, manifest, args, machine):
     """The codes of every source frame of every clip, computed once -> (starts, codes) of Labels.
 
-    They are saved beside the tokenizer under a name that follows from its weights and the clips, and found again.
+    They are saved beside the tokenizer under a name that follows from its weights and the clips, and found
+    again.
     """
     clips = WholeClips(manifest, tokenizer.config.size)
     identity = hashlib.sha1()
@@ -204,7 +212,8 @@ def compute_codes(tokenizer, path, clips, args, machine):
     loader = DataLoader(clips, batch_size=None, num_workers=args.workers)
     for frames in tqdm(loader, desc="MVM labels, kept", unit="clip", leave=False):
         with machine.autocast():
-            found = [tokenizer.tokenize(scale(part.to(machine.device))[None])[0] for part in frames.split(256)]
+            found = [tokenizer.tokenize(scale(part.to(machine.device))[None])[0]
+                     for part in frames.split(256)]
         codes += [part.to(torch.int16).cpu().numpy() for part in found]
         lengths.append(len(frames))
     draft = path.with_suffix(".part.npz")
@@ -212,7 +221,7 @@ def compute_codes(tokenizer, path, clips, args, machine):
     os.replace(draft, path)
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
 def percent(part, whole):
@@ -223,9 +232,10 @@ def percent(part, whole):
 def evaluate(model, loader, labels, wordpiece, objectives, machine):
     """Held-out accuracies of the three objectives beside what needs no understanding; shares are 0 to 1.
 
-    Matching sees whole inputs; words are masked under whole frames, cells under whole words. `mlm_other` is MLM with
-    another clip's frames, `mlm_content` MLM on words that are not function words. Beside MVM: the majority code, the
-    commonest code among the frame's visible cells, the same cell's code in the nearest frame where it is visible.
+    Matching sees whole inputs; words are masked under whole frames, cells under whole words. `mlm_other` is
+    MLM with another clip's frames, `mlm_content` MLM on words that are not function words. Beside MVM: the
+    majority code, the commonest code among the frame's visible cells, the same cell's code in the nearest
+    frame where it is visible.
     """
     model.eval()
     sums, truths = Counter(), {"mlm": [], "mvm": []}
@@ -267,36 +277,37 @@ def evaluate(model, loader, labels, wordpiece, objectives, machine):
         counts = machine.total(torch.bincount(found, minlength=max(model.config.words, model.config.codes)))
         sums[name + "_majority"], sums[name + "_all"] = int(counts.max()) / machine.world, len(found)
     # Each score and what it is a share of; all processes add up the same list, whatever they have seen.
-    whole = {"vtm": "pairs", "mlm": "mlm_all", "mlm_majority": "mlm_all", "mlm_other": "mlm_all", "mlm_content": "content",
-             "mlm_other_content": "content", "mvm": "mvm_all", "mvm_majority": "mvm_all", "mvm_mode": "mvm_all",
-             "mvm_copy": "mvm_all", "distinct": "frames"}
+    whole = {"vtm": "pairs", "mlm": "mlm_all", "mlm_majority": "mlm_all", "mlm_other": "mlm_all",
+             "mlm_content": "content", "mlm_other_content": "content", "mvm": "mvm_all",
+             "mvm_majority": "mvm_all", "mvm_mode": "mvm_all", "mvm_copy": "mvm_all", "distinct": "frames"}
     names = sorted({*whole, *whole.values()})
     sums = dict(zip(names, machine.total([float(sums[name]) for name in names]).tolist()))
     return {name: sums[name] / sums[of] for name, of in whole.items() if sums[of]}
 
 
 def copied_codes(codes, cells):
-    """What copying would answer for the masked cells: {"mvm_mode", "mvm_copy"}, each (masked,). Both (B, T, g, g)."""
+    """What copying answers for masked cells: {"mvm_mode", "mvm_copy"}, each (masked,). Both (B, T, g, g)."""
     B, T, g, _ = codes.shape
     mode, copy = torch.empty_like(codes), torch.empty_like(codes)
     for b in range(B):
         for t in range(T):
             visible = codes[b, t][~cells[b, t]]
             mode[b, t] = copy[b, t] = visible.mode().values if len(visible) else -1
-            for other in sorted(set(range(T)) - {t}, key=lambda other: -abs(other - t)):        # the nearest comes last
+            for other in sorted(set(range(T)) - {t}, key=lambda other: -abs(other - t)):    # the nearest last
                 copy[b, t] = torch.where(cells[b, other], copy[b, t], codes[b, other])
     return {"mvm_mode": mode[cells], "mvm_copy": copy[cells]}
 
 
-# ------------------------------------------------------------------------------------------- zero-shot evaluation (4)
+# ----------------------------------------------------------------------------------- zero-shot evaluation (4)
 
 
 def read_videos(manifest, rows, config):
-    """The middle frames of the rows' clips -> (frames uint8 (n, T, 3, H, W), the rows whose clips are whole)."""
+    """The middle frames of the rows' clips -> (frames uint8 (n, T, 3, H, W), the rows with whole clips)."""
     frames, whole = [], []
     for row in rows:
         try:
-            clip, _ = read_clip(manifest.video_path(row), lambda count: spans(count, config.frames), config.size)
+            clip, _ = read_clip(manifest.video_path(row), lambda count: spans(count, config.frames),
+                                config.size)
         except BrokenClip as error:
             tqdm.write(f"broken clip, left out: {error}")
             continue
@@ -313,7 +324,8 @@ def encode_videos(model, frames, machine):
 
 def encode_captions(model, captions, wordpiece, machine):
     """e^L of many captions -> (n, L, D), mask (n, L)."""
-    ids, mask = pad([wordpiece.encode(text, model.config.max_words) for text in captions], model.config.max_words)
+    ids, mask = pad([wordpiece.encode(text, model.config.max_words) for text in captions],
+                    model.config.max_words)
     ids, mask = ids.to(machine.device), mask.to(machine.device)
     with machine.autocast():
         return model.encode_text(ids, mask), mask
@@ -323,7 +335,8 @@ def encode_captions(model, captions, wordpiece, machine):
 def score_retrieval(model, manifest, wordpiece, machine, most=1000):
     """Text-to-video retrieval by joint scoring: every caption with every video of the split.
 
-    -> (r1, r5, r10, median_rank; and apart for combinations never seen in training), scores (Q, V), frames, rows.
+    -> (r1, r5, r10, median_rank; and apart for combinations never seen in training), scores (Q, V), frames,
+    rows.
     """
     model.eval()
     rows = [manifest[i] for i in range(min(len(manifest), most))]
@@ -338,13 +351,15 @@ def score_retrieval(model, manifest, wordpiece, machine, most=1000):
         length = int(m.sum())
         with machine.autocast():
             scores.append(torch.cat([model.match(part, t[:length].expand(len(part), -1, -1),
-                                                 m[:length].expand(len(part), -1)) for part in video.split(200)]))
+                                                 m[:length].expand(len(part), -1))
+                                     for part in video.split(200)]))
     scores = torch.stack(scores).cpu()
     ranks = rank_of_truth(scores, torch.tensor([names.index(row["video"]) for row in rows]))
     found = {f"r{k}": percent((ranks <= k).sum(), len(ranks)) for k in (1, 5, 10)}
     found["median_rank"] = float(ranks.float().quantile(0.5))
     unseen = torch.tensor([bool(row.get("unseen")) for row in rows])
-    found |= {f"r{k}_unseen": percent((ranks[unseen] <= k).sum(), unseen.sum()) for k in (1, 10)} if unseen.any() else {}
+    found |= {f"r{k}_unseen": percent((ranks[unseen] <= k).sum(), unseen.sum())
+              for k in (1, 10)} if unseen.any() else {}
     return found, scores, ranks, frames, names, rows
 
 
@@ -369,7 +384,7 @@ def score_choices(model, manifest, wordpiece, machine, most=1000):
     return {name: right[name] / asked[name] for name in asked}
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 
 def draw_curves(run, objectives, path):
@@ -384,7 +399,8 @@ def draw_curves(run, objectives, path):
     for objective in objectives:
         baselines = {"vtm": {"chance": 0.5}}.get(objective) or {
             key.removeprefix(objective + "_"): metrics[-1][key] for key in metrics[-1]
-            if key in ("mlm_majority", "mlm_other", "mvm_majority", "mvm_mode", "mvm_copy") and key.startswith(objective)}
+            if key in ("mlm_majority", "mlm_other", "mvm_majority", "mvm_mode", "mvm_copy")
+            and key.startswith(objective)}
         panels.append((f"{names[objective]}, val", {objective: series(objective)}, baselines, True))
     panels.append(("losses, training", {name: series(f"loss_{name}") for name in objectives}, {}, False))
     pictures.curves(panels, path, "Pretraining (3.4)")
@@ -399,9 +415,10 @@ def draw_masked(model, loader, labels, machine, path, clips=6):
         video = model.encode_video(mask_frames(frames, cells))
         text = model.encode_text(batch["ids"][:, 0], batch["mask"][:, 0])
         guess = model.mvm_head(model.fuse(video, text, batch["mask"][:, 0])[2]).argmax(-1).view_as(codes)
-    pictures.masked([{"frames": batch["frames"][i].permute(0, 2, 3, 1).cpu().numpy(), "mask": cells[i].cpu().numpy(),
-                      "true": codes[i].cpu().numpy(), "predicted": guess[i].cpu().numpy(),
-                      "caption": batch["captions"][i]} for i in range(min(clips, len(codes)))],
+    pictures.masked([{"frames": batch["frames"][i].permute(0, 2, 3, 1).cpu().numpy(),
+                      "mask": cells[i].cpu().numpy(), "true": codes[i].cpu().numpy(),
+                      "predicted": guess[i].cpu().numpy(), "caption": batch["captions"][i]}
+                     for i in range(min(clips, len(codes)))],
                     path, "Masked video modeling: predicted codes of masked cells")
 
 
@@ -409,23 +426,24 @@ def draw_retrieval(scores, ranks, frames, names, rows, path, queries=8, shown=5)
     """Queries over the range of ranks, each with the clips that fit it best."""
     entries = []
     for q in ranks.argsort()[torch.linspace(0, len(ranks) - 1, min(queries, len(ranks))).long()].tolist():
-        found = [(frames[v].permute(0, 2, 3, 1).numpy(), float(scores[q, v]), names[v] == rows[q]["video"], "")
+        found = [(frames[v].permute(0, 2, 3, 1).numpy(), float(scores[q, v]),
+                  names[v] == rows[q]["video"], "")
                  for v in scores[q].argsort(descending=True)[:shown].tolist()]
         entries.append({"caption": rows[q]["caption"], "rank": int(ranks[q]), "found": found})
     pictures.retrieval(entries, path, "Zero-shot text-to-video retrieval, joint scoring")
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# --------------------------------------------------------------------------------------------------- training
 
 
 def train(args, machine):
-    """Pretrains as the flags say, from nothing or from where it was, then evaluates best.pt on the test split."""
+    """Pretrains as the flags say, from nothing or from where it was; evaluates best.pt on the test split."""
     config = configure(args)
     splits = open_clips(args, machine)
     wordpiece, config = make_vocabulary(args, config, splits["train"], machine)
     tokenizer, folder = open_tokenizer(args, config, wordpiece, machine)
-    clips = ClipCaptions(splits["train"], config.frames, config.size, args.seed, train=True, strict=args.strict,
-                         augment=config.augment)
+    clips = ClipCaptions(splits["train"], config.frames, config.size, args.seed, train=True,
+                         strict=args.strict, augment=config.augment)
     torch.manual_seed(args.seed)
     model = EViLM(config).to(machine.device)
     for name in set(LOSSES) - set(args.objectives):             # a head without a loss gets no gradient
@@ -440,40 +458,47 @@ def train(args, machine):
     epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
     run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
     keep = {max(1, round(share * run.steps)): share for share in args.keep_at}
-    batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank, machine.world)
+    batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank,
+                      machine.world)
     collate = PretrainBatch(wordpiece, config, args.objectives, args.seed)
     held_out = evaluation_loader(splits["val"], collate, config, args, machine)
     wrapped = machine.wrap(model, args.compile)
 
     machine.say(f"pretraining on {'+'.join(args.objectives)}: {len(clips):,} clips, {run.steps:,} steps of "
                 f"{batches.batch_size} clips, {machine}")
-    sums = torch.zeros(len(args.objectives), device=machine.device)
+    sums = run.state.setdefault("sums", torch.zeros(len(args.objectives))).to(machine.device)
     for batch in run.steps_of(make_loader(clips, batches, collate, args, machine)):
         run.set_learning_rate(args.lr, config.warmup)
-        batch["codes"] = labels(batch)
-        counts = machine.total([2 * len(batch["frames"]), int(batch["words"].sum()), int(batch["cells"].sum())])
+        if tokenizer is not None:
+            batch["codes"] = labels(batch)
+        counts = machine.total([2 * len(batch["frames"]), int(batch["words"].sum()),
+                                int(batch["cells"].sum())])
         counts = dict(zip(LOSSES, counts.tolist()))
         losses = torch.zeros(len(args.objectives), device=machine.device)
         for part, sync in machine.parts(wrapped, batch, args.accumulate):
             with sync:
                 with machine.autocast():
                     predicted = masked_pass(wrapped, part, args.objectives)
-                # Each loss is a sum over the count of the whole batch; several processes average, hence the factor.
-                shares = [LOSSES[name](*predicted[name], counts[name]) * machine.world for name in args.objectives]
-                sum(shares).backward()                                                                  # Eq. (8)
+                # Each loss is a sum over the count of the whole batch; several processes average, hence the
+                # factor.
+                shares = [LOSSES[name](*predicted[name], counts[name]) * machine.world
+                          for name in args.objectives]
+                sum(shares).backward()                                                      # Eq. (8)
             losses += torch.stack(shares).detach() / machine.world
         run.optimise(losses)
-        sums += losses
+        run.state["sums"] = sums = sums + losses
         if run.step in keep and machine.main:
             save(run.checkpoint(), run.folder / f"at-{keep[run.step]:g}.pt")
         if run.step % epoch == 0 or run.step == run.steps:
             since = (run.step - 1) % epoch + 1
             scores = evaluate(model, held_out, online, wordpiece, args.objectives, machine)
             trained = machine.total(sums) / since
-            run.log(split="val", **scores, **{f"loss_{name}": float(x) for name, x in zip(args.objectives, trained)})
+            run.log(split="val", **scores,
+                    **{f"loss_{name}": float(x) for name, x in zip(args.objectives, trained)})
             run.save_best(sum(scores[name] for name in args.objectives) / len(args.objectives))
-            machine.say(f"step {run.step:,}, val: " + ", ".join(f"{name} {scores[name]:.1%}" for name in args.objectives))
-            sums.zero_()
+            machine.say(f"step {run.step:,}, val: "
+                        + ", ".join(f"{name} {scores[name]:.1%}" for name in args.objectives))
+            run.state["sums"] = sums = torch.zeros_like(sums)
             run.save_last()
     run.save_last()
     run.say_speed()
@@ -486,8 +511,8 @@ def label_source(online, folder, manifest, config, args, machine):
     if online.tokenizer is None:
         return online
     if args.codes == "kept" and config.augment:
-        raise InputError(f"--codes kept: the {config.preset} preset crops frames at random, so codes change with them; "
-                         "use --codes online")
+        raise InputError(f"--codes kept: the {config.preset} preset crops frames at random, so codes change "
+                         "with them; use --codes online")
     if args.codes == "online" or config.augment:
         machine.say("MVM's labels: online, from the tokenizer at each step")
         return online
@@ -496,7 +521,7 @@ def label_source(online, folder, manifest, config, args, machine):
 
 
 def finish(model, run, splits, labels, collate, args, machine):
-    """The final evaluation: best.pt on the test split, zero-shot; pictures; what was learned, against chance."""
+    """Final evaluation: best.pt on the test split, zero-shot; pictures; what was learned, against chance."""
     model.load_state_dict(load(run.folder / "best.pt", "pretrain")["model"])
     model.eval()
     wordpiece, config, objectives = collate.wordpiece, model.config, args.objectives
@@ -522,8 +547,10 @@ def finish(model, run, splits, labels, collate, args, machine):
     for line in report(scores, objectives):
         print(line)
     drawn = sorted(path.name for path in run.folder.glob("*.png"))
-    print(f"look at {', '.join(f'{run.folder}/{name}' for name in drawn)}; all figures: {run.folder}/metrics.jsonl")
-    print(f"next: python pretrain.py --objectives vtm,mlm --out {run.folder}-without-mvm   (Table 5: what MVM adds)")
+    print(f"look at {', '.join(f'{run.folder}/{name}' for name in drawn)}; "
+          f"all figures: {run.folder}/metrics.jsonl")
+    print(f"next: python pretrain.py --objectives vtm,mlm --out {run.folder}-without-mvm   "
+          "(Table 5: what MVM adds)")
 
 
 def report(s, objectives):
@@ -532,22 +559,25 @@ def report(s, objectives):
     if "vtm" in objectives:
         yield f"  matching (VTM)       {s['vtm']:6.1%}   (chance 50%)"
     if "mlm" in objectives:
-        yield (f"  masked words (MLM)   {s['mlm']:6.1%}   (majority word {s['mlm_majority']:.1%}, another clip's frames "
-               f"{s['mlm_other']:.1%}); content words {s['mlm_content']:.1%} ({s['mlm_other_content']:.1%})")
+        yield (f"  masked words (MLM)   {s['mlm']:6.1%}   (majority word {s['mlm_majority']:.1%}, another "
+               f"clip's frames {s['mlm_other']:.1%}); content words {s['mlm_content']:.1%} "
+               f"({s['mlm_other_content']:.1%})")
     if "mvm" in objectives:
         best = max(("mvm_majority", "mvm_mode", "mvm_copy"), key=s.get)
         learned = "" if s["mvm"] > s[best] else "   it has learned to copy, no more"
-        yield (f"  masked cells (MVM)   {s['mvm']:6.1%}   (majority code {s['mvm_majority']:.1%}, commonest visible "
-               f"{s['mvm_mode']:.1%}, nearest frame's {s['mvm_copy']:.1%}; {s['distinct']:.1f} codes a frame){learned}")
-        yield (f"  codebook in use      {s['codebook_usage']:6.1%}   perplexity {s['codebook_perplexity']:.1f}")
+        yield (f"  masked cells (MVM)   {s['mvm']:6.1%}   (majority code {s['mvm_majority']:.1%}, commonest "
+               f"visible {s['mvm_mode']:.1%}, nearest frame's {s['mvm_copy']:.1%}; {s['distinct']:.1f} codes "
+               f"a frame){learned}")
+        yield (f"  codebook in use      {s['codebook_usage']:6.1%}   "
+               f"perplexity {s['codebook_perplexity']:.1f}")
     if "mc" in s:
         apart = ", ".join(f"{name[3:]} {share:.0%}" for name, share in s.items() if name.startswith("mc_"))
         yield f"  multiple choice      {s['mc']:6.1%}   (chance 20%); {apart}"
     if "r1" in s:
         n = s["retrieval_clips"]
-        yield (f"  text-to-video        R@1 {s['r1']:.1%}  R@5 {s['r5']:.1%}  R@10 {s['r10']:.1%}  median rank "
-               f"{s['median_rank']:g} of {n} clips  (chance {1 / n:.1%}, {min(1, 5 / n):.1%}, {min(1, 10 / n):.1%}, "
-               f"{(n + 1) / 2:g})")
+        yield (f"  text-to-video        R@1 {s['r1']:.1%}  R@5 {s['r5']:.1%}  R@10 {s['r10']:.1%}  median "
+               f"rank {s['median_rank']:g} of {n} clips  (chance {1 / n:.1%}, {min(1, 5 / n):.1%}, "
+               f"{min(1, 10 / n):.1%}, {(n + 1) / 2:g})")
 
 
 def main():

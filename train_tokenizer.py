@@ -1,10 +1,11 @@
-"""Stage 1: the semantic vector-quantized video tokenizer (3.3). Learns to name a clip's caption words from its codes.
+"""Stage 1: the semantic vector-quantized video tokenizer (3.3). Learns to name a clip's words from its codes.
 
-    python train_tokenizer.py                                   the toy preset on the synthetic set, on what there is
+    python train_tokenizer.py                           the toy preset on the synthetic set, on what there is
     python train_tokenizer.py --data my_clips --preset paper --device cuda
-    torchrun --nproc-per-node=2 train_tokenizer.py              over processes; several nodes: torchrun's own flags
+    torchrun --nproc-per-node=2 train_tokenizer.py      over processes; several nodes: torchrun's own flags
 
-Leaves in --out: last.pt (go on with --resume), best.pt (lowest val loss), metrics.jsonl, curves.png, codebook.png.
+Leaves in --out: last.pt (go on with --resume), best.pt (lowest val loss), metrics.jsonl, curves.png,
+codebook.png.
 """
 import math
 from dataclasses import replace
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import toy_data
-from evilm import (SPECIAL, Config, InputError, Run, SemanticTokenizer, WordPiece, common_flags, configure, focal_loss,
-                   load, make_optimizer, prefetch, run_script, set_up, words_present)
+from evilm import (SPECIAL, Config, InputError, Run, SemanticTokenizer, WordPiece, common_flags, configure,
+                   focal_loss, load, make_optimizer, prefetch, run_script, set_up, words_present)
 from toy_data import Batches, ClipCaptions, DataError, pictures
 
 SYNTHETIC = "data/toy"          # rendered on first use; a folder that the user names is never made up
@@ -27,21 +28,22 @@ MOST_EVALUATED = 1000           # clips of a split that one evaluation looks at
 def parse(argv=None):
     parser = common_flags(__doc__, stage="tokenizer_")
     toy, paper = Config.toy(), Config.paper()
-    parser.add_argument("--loss", default="focal", choices=["focal", "bce"], help="of the words: Eq. (6), or plain "
-                        "binary cross-entropy, which Table 6 compares (default: focal)")
-    parser.add_argument("--word-weight", type=float, help="factor on L_TOKEN in Eq. (7) (default: the preset's, "
-                        f"{toy.word_weight:g} in toy, {paper.word_weight:g} in paper)")
-    parser.add_argument("--warm", type=float, help="share of the steps in which words are read from E(X) unquantized, "
-                        "for an encoder that starts from nothing (default: the preset's, "
+    parser.add_argument("--loss", default="focal", choices=["focal", "bce"], help="of the words: Eq. (6), or "
+                        "plain binary cross-entropy, which Table 6 compares (default: focal)")
+    parser.add_argument("--word-weight", type=float, help="factor on L_TOKEN in Eq. (7) (default: the "
+                        f"preset's, {toy.word_weight:g} in toy, {paper.word_weight:g} in paper)")
+    parser.add_argument("--warm", type=float, help="share of the steps in which words are read from E(X) "
+                        "unquantized, for an encoder that starts from nothing (default: the preset's, "
                         f"{toy.tokenizer_warm:g} in toy, {paper.tokenizer_warm:g} in paper)")
-    parser.add_argument("--revive-after", type=int, default=20, metavar="STEPS", help="move a code that no cell chose "
-                        "for so many steps to an encoder output; 0: never, as in the paper (default: 20)")
+    parser.add_argument("--revive-after", type=int, default=20, metavar="STEPS", help="move a code that no "
+                        "cell chose for so many steps to an encoder output; 0: never, as in the paper "
+                        "(default: 20)")
     parser.add_argument("--out", default="runs/tokenizer", metavar="DIR", help="the run's folder (default: "
                         "runs/tokenizer)")
     return parser.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------ clips, captions and vocabulary
+# ----------------------------------------------------------------------------- clips, captions and vocabulary
 
 
 def open_clips(args, machine):
@@ -79,7 +81,7 @@ def pad(rows, width):
 
 
 class TokenizerBatch:
-    """Makes a batch of samples: frames (B, T, 3, H, W) uint8 and the words of their captions, ids and mask (B, L)."""
+    """Makes a batch of samples: frames (B, T, 3, H, W) uint8, their captions' words, ids and mask (B, L)."""
 
     def __init__(self, wordpiece, config):
         self.wordpiece, self.config = wordpiece, config
@@ -101,7 +103,8 @@ def evaluation_loader(manifest, collate, config, args, machine, batch_size=50):
     clips = ClipCaptions(manifest, config.frames, config.size, args.seed, train=False, strict=args.strict,
                          mismatched=collate.mismatched if hasattr(collate, "mismatched") else False)
     keys = [(0, i) for i in range(min(len(clips), MOST_EVALUATED))][machine.rank::machine.world]
-    return make_loader(clips, [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)], collate, args, machine)
+    return make_loader(clips, [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)], collate,
+                       args, machine)
 
 
 def scale(frames):
@@ -109,11 +112,12 @@ def scale(frames):
     return frames.float() / 255
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------------------- losses
 
 
 def word_loss(name, logits, targets):
-    return focal_loss(logits, targets) if name == "focal" else F.binary_cross_entropy_with_logits(logits, targets)
+    return (focal_loss(logits, targets) if name == "focal"
+            else F.binary_cross_entropy_with_logits(logits, targets))
 
 
 @torch.no_grad()
@@ -130,8 +134,8 @@ def evaluate(tokenizer, loader, args, machine):
         # Of a caption's k words, how many are among the k that score highest?
         ranks = logits.argsort(1, descending=True).argsort(1)
         found = ((ranks < targets.sum(1, keepdim=True)) & (targets > 0)).sum()
-        sums += torch.tensor([n * float(word_loss(args.loss, logits, targets)), n * float(code_loss), n, float(found),
-                              float(targets.sum())], dtype=torch.float64)
+        sums += torch.tensor([n * float(word_loss(args.loss, logits, targets)), n * float(code_loss), n,
+                              float(found), float(targets.sum())], dtype=torch.float64)
         counts += torch.bincount(ids.flatten().cpu(), minlength=c.codes)
     sums = machine.total(sums)
     tokenizer.train()
@@ -140,7 +144,7 @@ def evaluate(tokenizer, loader, args, machine):
 
 
 def usage(counts):
-    """The paper's vocabulary rate, the share of the codes that occur, and the perplexity of their distribution."""
+    """The paper's vocabulary rate, the share of codes that occur, and their distribution's perplexity."""
     share = counts[counts > 0] / counts.sum()
     return {"codebook_usage": len(share) / len(counts),
             "codebook_perplexity": float(torch.exp(-(share * share.log()).sum()))}
@@ -149,7 +153,8 @@ def usage(counts):
 @torch.no_grad()
 def codebook_in_use(tokenizer, loader, machine):
     """`usage` on the clips of a loader."""
-    ids = [tokenizer.tokenize(scale(batch["frames"])).flatten().cpu() for batch, _ in prefetch(loader, machine.device)]
+    ids = [tokenizer.tokenize(scale(batch["frames"])).flatten().cpu()
+           for batch, _ in prefetch(loader, machine.device)]
     return usage(torch.bincount(torch.cat(ids), minlength=tokenizer.config.codes))
 
 
@@ -163,7 +168,7 @@ def gradients_at_encoder(tokenizer, batch, args):
             for name, term in (("word_gradient", loss), ("code_gradient", code_loss))}
 
 
-# ----------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
 def train(args, machine):
@@ -173,8 +178,8 @@ def train(args, machine):
                      tokenizer_warm=config.tokenizer_warm if args.warm is None else args.warm)
     splits = open_clips(args, machine)
     wordpiece, config = make_vocabulary(args, config, splits["train"], machine)
-    clips = ClipCaptions(splits["train"], config.frames, config.size, args.seed, train=True, strict=args.strict,
-                         augment=config.augment, mismatched=False)
+    clips = ClipCaptions(splits["train"], config.frames, config.size, args.seed, train=True,
+                         strict=args.strict, augment=config.augment, mismatched=False)
     torch.manual_seed(args.seed)
     tokenizer = SemanticTokenizer(config).to(machine.device)
     optimizer = make_optimizer(tokenizer, args.lr, config.weight_decay, machine.device)
@@ -184,13 +189,15 @@ def train(args, machine):
     epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
     run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
     warm, last_revival = round(config.tokenizer_warm * run.steps), 0.8 * run.steps
-    batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank, machine.world)
+    batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank,
+                      machine.world)
     collate = TokenizerBatch(wordpiece, config)
     held_out = evaluation_loader(splits["val"], collate, config, args, machine)
     model = machine.wrap(tokenizer, args.compile)
     used = run.state.get("used", torch.zeros(config.codes)).to(machine.device)
 
-    machine.say(f"tokenizer: {len(clips):,} clips, {run.steps:,} steps of {batches.batch_size} clips, {machine}")
+    machine.say(f"tokenizer: {len(clips):,} clips, {run.steps:,} steps of {batches.batch_size} clips, "
+                f"{machine}")
     for batch in run.steps_of(make_loader(clips, batches, collate, args, machine)):
         run.set_learning_rate(args.lr, config.warmup)
         if run.step == warm:
@@ -201,9 +208,9 @@ def train(args, machine):
             with sync, machine.autocast():
                 logits, ids, code_loss = model(scale(part["frames"]), quantize=run.step >= warm)
                 words = words_present(part["ids"], part["mask"], config.words)
-                share = len(ids) / batches.batch_size * machine.world       # of this part in the whole batch's mean
+                share = len(ids) / batches.batch_size * machine.world   # of this part in the batch's mean
                 word_term = share * word_loss(args.loss, logits.float(), words)
-                loss = config.word_weight * word_term + share * code_loss                               # Eq. (7)
+                loss = config.word_weight * word_term + share * code_loss                   # Eq. (7)
             loss.backward()
             losses += torch.stack([word_term.detach(), share * code_loss.detach()])
             used += torch.bincount(ids.flatten(), minlength=config.codes)
@@ -240,38 +247,43 @@ def finish(tokenizer, run, splits, collate, args, machine):
     scores = evaluate(tokenizer, loader, args, alone)
     run.log(split="test", **scores)
     metrics = [line for line in run.metrics() if line["split"] == "val"]
-    series = {name: [(line["step"], line[name]) for line in metrics] for name in metrics[0] if name != "split"}
+    series = {name: [(line["step"], line[name]) for line in metrics]
+              for name in metrics[0] if name != "split"}
     pictures.curves([("words found, val", {"recall": series["word_recall"]}, {}, True),
                      ("codes in use, val", {"usage": series["codebook_usage"]}, {}, True),
-                     ("losses, val", {"words": series["word_loss"], "codes": series["code_loss"]}, {}, False)],
+                     ("losses, val", {"words": series["word_loss"], "codes": series["code_loss"]}, {},
+                      False)],
                     run.folder / "curves.png", "Semantic tokenizer (3.3)")
     draw_codebook(tokenizer, loader, collate.wordpiece, run.folder / "codebook.png", alone)
     c = tokenizer.config
     print(f"test: {scores['word_recall']:.1%} of a caption's words are among as many that score highest; "
-          f"{scores['codebook_usage']:.1%} of {c.codes:,} codes in use, perplexity {scores['codebook_perplexity']:.1f}\n"
+          f"{scores['codebook_usage']:.1%} of {c.codes:,} codes in use, "
+          f"perplexity {scores['codebook_perplexity']:.1f}\n"
           f"look at {run.folder}/codebook.png, {run.folder}/curves.png\n"
           f"next: python pretrain.py --tokenizer {run.folder}")
 
 
 @torch.no_grad()
 def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8):
-    """What the most used codes stand for: cells that carry each, and the words that it predicts most strongly."""
+    """What the most used codes stand for: cells that carry each, and the words it predicts most strongly."""
     tokenizer.eval()
     c, counts, cells = tokenizer.config, torch.zeros(tokenizer.config.codes), {}
     for batch, _ in prefetch(loader, machine.device):
         ids = tokenizer.tokenize(scale(batch["frames"])).cpu()
         counts += torch.bincount(ids.flatten(), minlength=c.codes)
-        patches = batch["frames"].cpu().unfold(3, 32, 32).unfold(4, 32, 32)                 # (B, T, 3, g, g, 32, 32)
+        patches = batch["frames"].cpu().unfold(3, 32, 32).unfold(4, 32, 32)         # (B, T, 3, g, g, 32, 32)
         patches = patches.permute(0, 1, 3, 4, 5, 6, 2).flatten(0, 3)
         for code in ids.unique().tolist():
-            cells.setdefault(code, []).extend(patches[ids.flatten() == code][:2].numpy())   # two a batch: of many clips
-    # A clip that is this one code everywhere: by how much does each word's score exceed its mean over the codes?
+            # two a batch: of many clips
+            cells.setdefault(code, []).extend(patches[ids.flatten() == code][:2].numpy())
+    # A clip that is this one code everywhere: by how much does each word's score exceed its mean over codes?
     codebook = F.normalize(tokenizer.quantizer.codebook, dim=-1)[:, None, None, None]
     scores = tokenizer.read_words(codebook.expand(-1, c.frames, c.grid, c.grid, -1)).sigmoid().cpu()
     lifts = scores - scores.mean(0)
     entries = []
     for code in counts.argsort(descending=True)[:min(tiles, int((counts > 0).sum()))].tolist():
-        words = [(wordpiece.vocab[len(SPECIAL) + k], float(scores[code, k])) for k in lifts[code].topk(4).indices]
+        words = [(wordpiece.vocab[len(SPECIAL) + k], float(scores[code, k]))
+                 for k in lifts[code].topk(4).indices]
         label = f"code {code} · {counts[code] / counts.sum():.1%} of cells"
         entries.append((label, np.stack(cells[code][:crops]), words))
     pictures.codebook(entries, path, "What the most used codes stand for")

@@ -1,7 +1,8 @@
 """Times and memory of the parts, in one run: `python tests/benchmark.py [--device cuda] [--only NAME]`.
 
-Each time is the median of several repeats; what is compared is timed in turn, A B A B, so that a machine whose speed
-drifts does not decide. Memory is that of a process of its own (CPU) or what PyTorch allocated at most (CUDA).
+Each time is the median of several repeats; what is compared is timed in turn, A B A B, so that a machine
+whose speed drifts does not decide. Memory is that of a process of its own (CPU) or what PyTorch allocated at
+most (CUDA).
 """
 import argparse
 import json
@@ -23,7 +24,7 @@ import toy_data
 from evilm import Config, EViLM, SemanticTokenizer
 from toy_data import Batches, ClipCaptions, Manifest
 
-PRESETS = {"toy": (Config.toy(), 32), "paper": (Config.paper(), 4)}     # and how many clips a step is timed with
+PRESETS = {"toy": (Config.toy(), 32), "paper": (Config.paper(), 4)}     # and how many clips a timed step has
 
 
 def median_times(device, *works, repeats=7):
@@ -70,7 +71,8 @@ def forward_pass(model, batch, machine):
     def forward():
         with torch.no_grad(), machine.autocast():
             video = model.encode_video(pretrain.scale(batch["frames"]))
-            model.match(video, model.encode_text(batch["ids"][:, 0], batch["mask"][:, 0]), batch["mask"][:, 0])
+            model.match(video, model.encode_text(batch["ids"][:, 0], batch["mask"][:, 0]),
+                        batch["mask"][:, 0])
     return forward
 
 
@@ -97,8 +99,8 @@ def presets(args, machine):
             process.start()
             seconds, memory, name = queue.get()
             process.join()
-            print(f"  {preset:<6} {kind:<14} {clips:>3} clips {1000 * seconds:8.0f} ms {clips / seconds:8.1f} clips/s "
-                  f"{memory:6.2f} GiB   ({name})")
+            print(f"  {preset:<6} {kind:<14} {clips:>3} clips {1000 * seconds:8.0f} ms "
+                  f"{clips / seconds:8.1f} clips/s {memory:6.2f} GiB   ({name})")
 
 
 def loader(args, machine):
@@ -127,7 +129,8 @@ def growth(args, machine):
             "clips": [(toy, n, 12, n) for n in (8, 16, 32, 64)],
             "words (32 clips)": [(toy, 32, n, n) for n in (4, 8, 16, 32, 60)]}
     for name, cases in rows.items():
-        works = [training_step(EViLM(config).to(machine.device), make_batch(config, clips, machine.device, words), machine)
+        works = [training_step(EViLM(config).to(machine.device),
+                               make_batch(config, clips, machine.device, words), machine)
                  for config, clips, words, _ in cases]
         times = median_times(machine.device, *works, repeats=5)
         print(f"  {name:<18}" + "  ".join(f"{n}: {1000 * t:.0f}" for (*_, n), t in zip(cases, times)))
@@ -145,8 +148,9 @@ def tokenizer_share(args, machine):
                 tokenizer.tokenize(pretrain.scale(batch["frames"]))
             step()
         with_tokenizer, without = median_times(machine.device, online, step, repeats=5)
-        print(f"  {preset:<6} online {1 - without / with_tokenizer:6.1%} of {1000 * with_tokenizer:.0f} ms, kept 0% of "
-              f"{1000 * without:.0f} ms   (by multiply-adds of a forward pass: {share_of_work(config):.0%})")
+        print(f"  {preset:<6} online {1 - without / with_tokenizer:6.1%} of {1000 * with_tokenizer:.0f} ms, "
+              f"kept 0% of {1000 * without:.0f} ms   (by multiply-adds of a forward pass: "
+              f"{share_of_work(config):.0%})")
 
 
 def share_of_work(config):
@@ -155,7 +159,7 @@ def share_of_work(config):
 
 
 def straightforward(encoder, x):
-    """The same network laid out as usual: maps contiguous as (N, C, H, W), so each Linear and norm means two copies."""
+    """The same network laid out as usual: maps contiguous as (N, C, H, W), two copies a Linear or norm."""
     for downsample, stage in zip(encoder.downsample_layers, encoder.stages):
         for layer in (*downsample, *stage):
             x = layer(x).contiguous()
@@ -179,10 +183,11 @@ def layout(args, machine):
                     loss = network(frames).float().mean()
                 loss.backward()
             for kind, work in (("inference", infer), ("training", train)):
-                usual, ours = median_times(machine.device, lambda: work(lambda x: straightforward(encoder, x)),
+                usual, ours = median_times(machine.device,
+                                           lambda: work(lambda x: straightforward(encoder, x)),
                                            lambda: work(encoder), repeats=9)
-                print(f"  {preset:<6} {'bf16' if bf16 else 'fp32'} {kind:<10} {1000 * usual:8.1f} / {1000 * ours:8.1f} ms"
-                      f"  = {usual / ours:.2f}")
+                print(f"  {preset:<6} {'bf16' if bf16 else 'fp32'} {kind:<10} {1000 * usual:8.1f} / "
+                      f"{1000 * ours:8.1f} ms  = {usual / ours:.2f}")
 
 
 def manifest(args, machine):
@@ -192,8 +197,8 @@ def manifest(args, machine):
         path = Path(folder) / "train.jsonl"
         with open(path, "w") as file:
             for i in range(lines):
-                file.write(json.dumps({"video": f"clips/{i:07d}.mp4", "caption": f"a red circle of kind {i} moves left"})
-                           + "\n")
+                file.write(json.dumps({"video": f"clips/{i:07d}.mp4",
+                                       "caption": f"a red circle of kind {i} moves left"}) + "\n")
         context = multiprocessing.get_context("spawn")
         for name in ("first", "again"):
             queue = context.Queue()
@@ -218,9 +223,11 @@ def open_manifest(path, queue):
 
 def main():
     parts = {part.__name__: part for part in (presets, loader, growth, tokenizer_share, layout, manifest)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+                        help="default: auto")
     parser.add_argument("--only", choices=list(parts), help="one part alone (default: all)")
     args = parser.parse_args()
     machine = evilm.set_up(args.device)

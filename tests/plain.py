@@ -1,4 +1,4 @@
-"""The layers that all parts are made of, written a second time: float64, no module, one sample and one head at a time.
+"""The layers that all parts are made of, written again: float64, no module, one sample and one head a time.
 
 `w` is a state dict in float64, `at` where in it the layer stands.
 """
@@ -49,7 +49,8 @@ def bert(x, w, layers, heads, seen=None, at=""):
     """BERT's layers: each norm comes after the residual sum."""
     for i in range(layers):
         x = norm(x + attention(x, w, f"{at}{i}.", heads, seen), w, f"{at}{i}.norm1", 1e-12)
-        x = norm(x + linear(gelu(linear(x, w, f"{at}{i}.fc1")), w, f"{at}{i}.fc2"), w, f"{at}{i}.norm2", 1e-12)
+        x = norm(x + linear(gelu(linear(x, w, f"{at}{i}.fc1")), w, f"{at}{i}.fc2"), w, f"{at}{i}.norm2",
+                 1e-12)
     return x
 
 
@@ -68,11 +69,12 @@ def clip(x, w, layers, heads, at=""):
 
 
 def sines(T, g, width):
-    """(T*g*g, width): sine and cosine of the frame, then of the row, then of the column, at width // 6 frequencies."""
+    """(T*g*g, width): sine and cosine of frame, then of row, then of column, at width // 6 frequencies."""
     waves, rows = width // 6, []
     for t in range(T):
         for y in range(g):
             for x in range(g):
-                row = [f(n / 100 ** (i / waves)) for n in (t, y, x) for f in (math.sin, math.cos) for i in range(waves)]
+                row = [f(n / 100 ** (i / waves))
+                       for n in (t, y, x) for f in (math.sin, math.cos) for i in range(waves)]
                 rows.append(row + [0.0] * (width - len(row)))
     return torch.tensor(rows, dtype=torch.float64)

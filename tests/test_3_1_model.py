@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from evilm import (CLS, MASK, SEP, SPECIAL, UNK, Config, EdgeNeXt, EViLM, InputError, Transformer, ViT, WordPiece,
-                   multiply_adds, quick_gelu, space_time_sines, table8)
+from evilm import (CLS, MASK, SEP, SPECIAL, UNK, Config, EdgeNeXt, EViLM, InputError, Transformer, ViT,
+                   WordPiece, multiply_adds, quick_gelu, space_time_sines, table8)
 
 
 def near(ours, plainly, atol=1e-9):
@@ -20,7 +20,7 @@ def unlike(a, b):
     return (a - b).abs().max() > 1e-3
 
 
-# --------------------------------------------------------------------------------------------------- video encoder
+# ---------------------------------------------------------------------------------------------- video encoder
 
 
 def over_channels(x, w, at):
@@ -35,7 +35,8 @@ def pointwise(x, w, at):
 
 
 def conv_encoder(x, w, at, kernel):
-    y = F.conv2d(x, w[at + "dwconv.weight"], w[at + "dwconv.bias"], padding=(kernel - 1) // 2, groups=x.shape[1])
+    y = F.conv2d(x, w[at + "dwconv.weight"], w[at + "dwconv.bias"], padding=(kernel - 1) // 2,
+                 groups=x.shape[1])
     return x + pointwise(y, w, at)
 
 
@@ -59,17 +60,20 @@ def sdta_encoder(x, w, at, scales, heads, positions):
     done = []
     for i in range(scales - 1):
         part = parts[i] if i == 0 else parts[i] + done[-1]
-        done.append(F.conv2d(part, w[f"{at}convs.{i}.weight"], w[f"{at}convs.{i}.bias"], padding=1, groups=width))
+        done.append(F.conv2d(part, w[f"{at}convs.{i}.weight"], w[f"{at}convs.{i}.bias"], padding=1,
+                             groups=width))
     y = torch.cat([*done, parts[scales - 1]], 1)
     if positions:
         y = y + F.conv2d(fourier(H, W)[None], w[at + "pos_embd.token_projection.weight"],
                          w[at + "pos_embd.token_projection.bias"])
     y = y.flatten(2).transpose(1, 2)                                                        # (N, cells, C)
-    qkv, attended, c = plain.linear(plain.norm(y, w, at + "norm_xca", 1e-6), w, at + "xca.qkv"), [], C // heads
+    qkv, attended, c = (plain.linear(plain.norm(y, w, at + "norm_xca", 1e-6), w, at + "xca.qkv"), [],
+                        C // heads)
     for n in range(N):
         channels = []
         for h in range(heads):
-            q, k, v = (qkv[n, :, which * C + h * c:which * C + (h + 1) * c].T for which in range(3))    # (c, cells)
+            # each (c, cells)
+            q, k, v = (qkv[n, :, which * C + h * c:which * C + (h + 1) * c].T for which in range(3))
             q, k = (m / m.norm(dim=1, keepdim=True) for m in (q, k))
             channels.append(plain.softmax(q @ k.T * w[at + "xca.temperature"][h]) @ v)
         attended.append(torch.cat(channels).T)
@@ -101,7 +105,8 @@ def test_edgenext_against_a_plain_computation(randomise, depths, dims, kernels, 
     with torch.no_grad():
         ours = model(x)
     assert ours.shape == (2, dims[-1], size[0] // 32, size[1] // 32)
-    near(ours, edgenext(x, plain.weights(model), depths, kernels, scales, heads), atol=1e-5)    # our sines are float32
+    # our sines are float32
+    near(ours, edgenext(x, plain.weights(model), depths, kernels, scales, heads), atol=1e-5)
 
 
 def released_shapes():
@@ -114,7 +119,8 @@ def released_shapes():
             shapes[at + ".bias"] = shape[:1]
 
     before = 3
-    for i, (depth, dim, kernel, scale) in enumerate([(3, 48, 3, 0), (3, 96, 5, 2), (9, 160, 7, 3), (3, 304, 9, 4)]):
+    for i, (depth, dim, kernel, scale) in enumerate([(3, 48, 3, 0), (3, 96, 5, 2), (9, 160, 7, 3),
+                                                     (3, 304, 9, 4)]):
         convolution, norm = (0, 1) if i == 0 else (1, 0)
         add(f"downsample_layers.{i}.{convolution}", dim, before, *((4, 4) if i == 0 else (2, 2)))
         add(f"downsample_layers.{i}.{norm}", dim if i == 0 else before)
@@ -155,7 +161,7 @@ def test_edgenext_blocks_start_at_their_layer_scale():
     assert Config.paper().layer_scale == 1e-6
 
 
-# ------------------------------------------------------------------------------------------------ transformer layers
+# ----------------------------------------------------------------------------------------- transformer layers
 
 
 def test_post_norm_block_against_a_plain_computation(randomise):
@@ -207,13 +213,14 @@ def test_dropout_is_on_in_training_alone_and_never_in_the_video_encoder(tiny):
 
 def test_dropout_is_on_both_branches_of_a_layer():
     layer, x = Transformer(1, 24, 3, dropout=1.0).train(), torch.randn(2, 5, 24)
-    near(layer(x), layer[0].norm2(layer[0].norm1(x)))                       # all is dropped but the residual sum
+    near(layer(x), layer[0].norm2(layer[0].norm1(x)))                   # all is dropped but the residual sum
 
 
-# --------------------------------------------------------------------------------------------------- language encoder
+# ------------------------------------------------------------------------------------------- language encoder
 
 
-VOCAB = SPECIAL + ["a", "red", "ball", "roll", "##ing", "##s", "un", "##aff", "##able", "##a", ",", "##ff", "ete"]
+VOCAB = SPECIAL + ["a", "red", "ball", "roll", "##ing", "##s", "un", "##aff", "##able", "##a", ",", "##ff",
+                   "ete"]
 
 
 @pytest.mark.parametrize("text, words", [
@@ -271,7 +278,8 @@ def test_a_vocabulary_from_captions_is_ordered_by_count():
     captions = ["a red ball", "a ball", "A ball rolls", "blue, blue"]
     whole = WordPiece.from_captions(captions)
     assert whole.vocab[:5] == SPECIAL and whole.vocab[5:7] == ["a", "ball"] and whole.vocab[7] == "blue"
-    assert sorted(whole.vocab[8:]) == [",", "red", "rolls"] and UNK not in whole.encode(" ".join(captions), 99)
+    assert (sorted(whole.vocab[8:]) == [",", "red", "rolls"]
+            and UNK not in whole.encode(" ".join(captions), 99))
     assert WordPiece.from_captions(captions[::-1]).vocab == whole.vocab
     assert WordPiece.from_captions(captions, 8).vocab == whole.vocab[:8]
 
@@ -279,7 +287,8 @@ def test_a_vocabulary_from_captions_is_ordered_by_count():
 def test_the_papers_truncation_keeps_frequent_pieces_and_breaks_ties_by_order():
     vocab = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
              "zebra", "yak", "##s", "ant", "cat", "dog", "the", "fox", "owl", "##zz"]         # 17 entries
-    captions = ["the cats", "the Dogs", "the cats sleep", "fox", "yak"]     # the 3, ##s 3, cat 2, dog, fox, yak 1
+    # the 3, ##s 3, cat 2, dog, fox, yak 1
+    captions = ["the cats", "the Dogs", "the cats sleep", "fox", "yak"]
     wordpiece = WordPiece(vocab)
     order = SPECIAL + ["##s", "the", "cat", "yak", "dog", "fox", "zebra", "ant", "owl", "##zz"]
     for share in (0.3, 0.4, 0.5, 0.6, 0.75, 0.85):
@@ -291,7 +300,8 @@ def test_the_papers_truncation_keeps_frequent_pieces_and_breaks_ties_by_order():
 
 
 def test_thirty_per_cent_of_bert_is_9157_words():
-    vocab = ["[PAD]"] + [f"[unused{i}]" for i in range(994)] + SPECIAL[1:] + [f"w{i}" for i in range(30522 - 999)]
+    vocab = (["[PAD]"] + [f"[unused{i}]" for i in range(994)] + SPECIAL[1:]
+             + [f"w{i}" for i in range(30522 - 999)])
     kept = WordPiece(vocab).keep_frequent(["w29000 w29000 w4"]).vocab
     assert len(kept) == 9157 == Config.paper().vocab_rows
     assert kept[:9] == SPECIAL + ["w29000", "w4", "w0", "w1"] and kept[-1] == "w9150"
@@ -301,7 +311,8 @@ def test_eq1_language_against_a_plain_computation(tiny, randomise):
     model = randomise(EViLM(tiny).double())
     ids = torch.tensor([[CLS, 9, 8, 30, SEP], [CLS, 12, SEP, 0, 0]])
     w = plain.weights(model)
-    words, positions, segments = (w[f"text_embedding.{part}.weight"] for part in ("words", "positions", "segments"))
+    words, positions, segments = (w[f"text_embedding.{part}.weight"]
+                                  for part in ("words", "positions", "segments"))
     rows = [torch.stack([words[i] + positions[at] + segments[0] for at, i in enumerate(row)]) for row in ids]
     x = plain.norm(torch.stack(rows), w, "text_embedding.norm", 1e-12)
     with torch.no_grad():
@@ -328,7 +339,7 @@ def test_padding_changes_nothing(tiny, randomise):
         assert unlike(model.fuse(video, texts[1], other > 0)[0], seen[0][0])        # as words they do count
 
 
-# ------------------------------------------------------------------------------------------------------ Eq. (1), (2)
+# ----------------------------------------------------------------------------------------------- Eq. (1), (2)
 
 
 def test_eq1_video_is_projected_cells_in_order_of_time_row_column_plus_sines(tiny, randomise):
@@ -343,7 +354,8 @@ def test_eq1_video_is_projected_cells_in_order_of_time_row_column_plus_sines(tin
                 cells = model.video_encoder(frame[None])[0]                                 # (28, 2, 2)
                 for y in range(2):
                     for x in range(2):
-                        expected[b, 4 * t + 2 * y + x] = plain.linear(cells[:, y, x].double(), w, "video_proj")
+                        expected[b, 4 * t + 2 * y + x] = plain.linear(cells[:, y, x].double(), w,
+                                                                      "video_proj")
     assert video.shape == (3, 8, 36)
     near(video, expected + plain.sines(2, 2, 36), atol=1e-4)
 
@@ -375,10 +387,10 @@ def test_eq1_swapped_frames_and_swapped_cells_are_another_video(tiny, randomise)
         video = model.encode_video(frames)
         for other, order in ((later, [4, 5, 6, 7, 0, 1, 2, 3]), (moved, [0, 2, 1, 3, 4, 5, 6, 7])):
             found = model.encode_video(other)
-            near(found - sines, (video - sines)[:, order], atol=1e-5)       # the content moves, the sines stay
+            near(found - sines, (video - sines)[:, order], atol=1e-5)   # the content moves, the sines stay
             assert unlike(model.fuse(found, None, None)[0], model.fuse(video, None, None)[0])
             bare = [model.fuse(v - sines, None, None)[0] for v in (found, video)]
-            near(bare[0], bare[1], atol=1e-4)                               # without sines: one and the same set
+            near(bare[0], bare[1], atol=1e-4)                           # without sines: one and the same set
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
@@ -386,7 +398,8 @@ def test_eq2_order_and_token_types(tiny, randomise, pre_norm):
     model = randomise(EViLM(replace(tiny, decoder_pre_norm=pre_norm)).double())
     video, text = torch.randn(2, 8, 36, dtype=torch.float64), torch.randn(2, 5, 36, dtype=torch.float64)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    w, one, eight = plain.weights(model), torch.ones(2, 1, dtype=torch.bool), torch.ones(2, 8, dtype=torch.bool)
+    w, one, eight = (plain.weights(model), torch.ones(2, 1, dtype=torch.bool),
+                     torch.ones(2, 8, dtype=torch.bool))
     e_cls, t_text, t_video = w["token_type"]
 
     def decode(*parts, seen=None):
@@ -415,14 +428,14 @@ def test_eq2_order_and_token_types(tiny, randomise, pre_norm):
         assert h_text is None
 
 
-# ----------------------------------------------------------------------------------------------------------- Table 8
+# ---------------------------------------------------------------------------------------------------- Table 8
 
 
 def test_table8_rows():
     with torch.device("meta"):
         rows = {name: count for name, count, _ in table8(Config.paper())}
-    assert list(rows.values())[:10] == [1_238_144, 2_379_264, 49_536, 1_152, 5_281_832, 117_120, 7_097_856, 147_840,
-                                        770, 16_313_514]
+    assert list(rows.values())[:10] == [1_238_144, 2_379_264, 49_536, 1_152, 5_281_832, 117_120, 7_097_856,
+                                        147_840, 770, 16_313_514]
     assert rows["TOTAL"] == 16_313_514 and len(rows) == 12
 
 

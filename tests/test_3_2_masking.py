@@ -11,7 +11,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# ------------------------------------------------------------------------------------------------------------ frames
+# ----------------------------------------------------------------------------------------------------- frames
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3, 4, 7, 8, 14])
@@ -23,7 +23,7 @@ def test_exactly_the_ratio_is_masked_in_each_frame(grid, ratio):
 
 
 def allowed_blocks(grid, target):
-    """All (height, width) that an area from max(1, target // 5) to target and an aspect from 0.3 to 1/0.3 round to."""
+    """All (height, width) that an area from max(1, target // 5) to target and an aspect 0.3 to 1/0.3 give."""
     smallest = max(1, target // 5)
 
     def before_rounding(n):
@@ -33,10 +33,11 @@ def allowed_blocks(grid, target):
     for height in range(1, grid + 1):
         for width in range(1, grid + 1):
             (low, high), (left, right) = before_rounding(height), before_rounding(width)
-            right = min(right, high / 0.3)          # an edge at the border may have been longer before it was cut
+            right = min(right, high / 0.3)          # an edge at the border may have been longer uncut
             high = min(high, right / 0.3)
             narrow = low / right > 1 / 0.3 or (left and high / left < 0.3)
-            if height * width >= smallest and not narrow and low * left <= target and high * right >= smallest:
+            if (height * width >= smallest and not narrow and low * left <= target
+                    and high * right >= smallest):
                 sizes.append((height, width))
     return sizes
 
@@ -71,15 +72,15 @@ def neighbours(mask):
 def test_masked_cells_stand_together():
     blocks = block_mask(300, 8, 0.4, generator())
     single = torch.stack([torch.randperm(64, generator=generator(i)) < 26 for i in range(300)]).view(-1, 8, 8)
-    assert neighbours(single) < 1.6                     # 7/4 of the 4 neighbours exist, 25 of 63 are masked: 1.39
+    assert neighbours(single) < 1.6             # 7/4 of the 4 neighbours exist, 25 of 63 are masked: 1.39
     assert neighbours(blocks) > 2.2
 
 
 def test_blocks_lie_and_stand_and_reach_every_cell():
     masks = block_mask(2000, 8, 0.4, generator()).float()
     often = masks.mean(0)
-    assert often.min() > 0.05 and often.max() < 0.75                        # corners are rarer, none is left out
-    for turned in (often.T, often.flip(0), often.flip(1)):                  # no side and no direction is preferred
+    assert often.min() > 0.05 and often.max() < 0.75                # corners are rarer, none is left out
+    for turned in (often.T, often.flip(0), often.flip(1)):          # no side and no direction is preferred
         assert (often - turned).abs().max() < 0.07
     assert abs((masks[:, 1:] * masks[:, :-1]).mean() - (masks[:, :, 1:] * masks[:, :, :-1]).mean()) < 0.02
 
@@ -94,7 +95,7 @@ def test_each_frame_has_its_own_blocks_and_a_generator_repeats_them():
     assert torch.equal(masks, block_mask(50, 8, 0.4, generator(3)))
     assert not torch.equal(masks, block_mask(50, 8, 0.4, generator(4)))
     torch.manual_seed(7)
-    assert torch.equal(masks, block_mask(50, 8, 0.4, generator(3)))         # nothing comes from the global state
+    assert torch.equal(masks, block_mask(50, 8, 0.4, generator(3)))     # nothing comes from global state
 
 
 def test_masked_pixels_are_zero_and_no_others_change():
@@ -109,7 +110,7 @@ def test_masked_pixels_are_zero_and_no_others_change():
     assert torch.equal(mask_frames(frames, torch.zeros_like(chosen)), before)
 
 
-# ------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ words
 
 
 def caption(n, padding=0):
@@ -149,7 +150,8 @@ def test_of_the_chosen_80_per_cent_are_masked_10_random_10_kept():
     for _ in range(20):
         masked, chosen = mask_words(ids, 10 ** 6, source, 0.5)
         found, was = masked[chosen], ids[chosen]
-        fates += torch.tensor([(found == MASK).sum(), ((found != MASK) & (found != was)).sum(), (found == was).sum()])
+        fates += torch.tensor([(found == MASK).sum(), ((found != MASK) & (found != was)).sum(),
+                               (found == was).sum()])
     assert fates.sum() == 20_000
     assert all(within(fate, 20_000, p) for fate, p in zip(fates.tolist(), (0.8, 0.1, 0.1)))
 

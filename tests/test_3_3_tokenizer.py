@@ -22,7 +22,7 @@ def frames():
     return torch.rand(3, 2, 3, 64, 64)
 
 
-# ---------------------------------------------------------------------------------------------------------------- ViT
+# -------------------------------------------------------------------------------------------------------- ViT
 
 
 def test_vit_is_clips(randomise):
@@ -38,7 +38,8 @@ def test_vit_is_clips(randomise):
     with torch.no_grad():
         ours = vit(x)
     assert ours.shape == (2, 9, 24)
-    near(ours, plain.clip(plain.norm(tokens, w, "norm", 1e-5), w, 3, 4, "blocks.")[:, 1:])      # no CLS, no last norm
+    # no CLS, no last norm
+    near(ours, plain.clip(plain.norm(tokens, w, "norm", 1e-5), w, 3, 4, "blocks.")[:, 1:])
 
 
 def test_frames_are_embedded_in_clips_scale_in_order(tokenizer, frames):
@@ -49,11 +50,12 @@ def test_frames_are_embedded_in_clips_scale_in_order(tokenizer, frames):
         for b in range(3):
             for t in range(2):
                 scaled = torch.stack([(frames[b, t, c] - mean[c]) / deviation[c] for c in range(3)])
-                cells = plain.linear(tokenizer.encoder(scaled[None])[0].double(), plain.weights(tokenizer), "proj")
+                cells = plain.linear(tokenizer.encoder(scaled[None])[0].double(), plain.weights(tokenizer),
+                                     "proj")
                 near(embedded[b, t].flatten(0, 1), cells, atol=3e-3)
 
 
-# ----------------------------------------------------------------------------------------------- Eq. (4), (7): codes
+# ---------------------------------------------------------------------------------------- Eq. (4), (7): codes
 
 
 def unit(x):
@@ -120,7 +122,8 @@ def test_eq7_gradients_go_where_stop_gradient_lets_them(quantizer):
 def test_straight_through_copies_the_codes_gradient_to_the_encoder(quantizer):
     x, g = torch.randn(2, 4, 6, requires_grad=True), torch.randn(2, 4, 6)
     quantized, _, _ = quantizer(x)
-    to_encoder, to_codes = torch.autograd.grad((quantized * g).sum(), [x, quantizer.codebook], allow_unused=True)
+    to_encoder, to_codes = torch.autograd.grad((quantized * g).sum(), [x, quantizer.codebook],
+                                               allow_unused=True)
     # At the normalised output it is g itself: at x, g through the normalisation alone.
     near(to_encoder, torch.autograd.grad(F.normalize(x, dim=-1), x, g)[0], atol=1e-6)
     assert to_codes is None or not to_codes.any()
@@ -151,7 +154,7 @@ def test_the_codebook_can_start_at_encoder_outputs(quantizer):
     assert len(alike.argmax(1).unique()) > 10
 
 
-# ------------------------------------------------------------------------------------------- Eq. (5), (6): words
+# ---------------------------------------------------------------------------------------- Eq. (5), (6): words
 
 
 def test_eq5_head_of_the_averaged_output(tokenizer):
@@ -170,7 +173,8 @@ def test_eq5_tells_time_and_place(tokenizer):
     codes = torch.randn(1, 2, 2, 2, 6)
     with torch.no_grad():
         logits = tokenizer.read_words(codes)
-        for moved in (codes.flip(1), codes.flip(2), codes.transpose(2, 3)):     # later first, upside down, turned
+        # later first, upside down, turned
+        for moved in (codes.flip(1), codes.flip(2), codes.transpose(2, 3)):
             assert (tokenizer.read_words(moved) - logits).abs().max() > 1e-2
 
 
@@ -186,7 +190,8 @@ def focal(logits, targets):
 
 def test_eq6_focal_loss():
     logits, targets = 3 * torch.randn(4, 9), (torch.rand(4, 9) < 0.3).float()
-    assert float(focal_loss(logits, targets)) == pytest.approx(focal(logits.numpy(), targets.numpy()), rel=1e-5)
+    assert float(focal_loss(logits, targets)) == pytest.approx(focal(logits.numpy(), targets.numpy()),
+                                                               rel=1e-5)
 
 
 def test_eq6_gradient_goes_through_the_weight_p_too():
@@ -232,10 +237,10 @@ def test_rows_that_no_word_uses_do_not_count_in_K(tokenizer, frames):
         tokenizer.head.weight[28:] = 1e3
         tokenizer.head.bias[28:] = 1e3
         assert torch.equal(focal_loss(tokenizer(frames)[0], targets), loss)
-    assert len(tokenizer.head.weight) == 35                                     # they exist: 40 rows, 5 special tokens
+    assert len(tokenizer.head.weight) == 35                         # they exist: 40 rows, 5 special tokens
 
 
-# ---------------------------------------------------------------------------------------------- the tokenizer whole
+# ---------------------------------------------------------------------------------------- the tokenizer whole
 
 
 def test_the_tokenizer_reads_words_from_codes_alone(tokenizer, frames):
@@ -261,7 +266,8 @@ def test_without_quantizing_words_are_read_from_the_encoders_unit_vectors(tokeni
 def test_the_words_teach_encoder_and_decoder_and_leave_the_codebook_to_eq7(tokenizer, frames):
     logits, ids, code_loss = tokenizer(frames)
     focal_loss(logits, (torch.rand(3, 28) < 0.2).float()).backward()
-    for part in (tokenizer.encoder.patch, tokenizer.proj, tokenizer.expand, tokenizer.decoder[0].qkv, tokenizer.head):
+    for part in (tokenizer.encoder.patch, tokenizer.proj, tokenizer.expand, tokenizer.decoder[0].qkv,
+                 tokenizer.head):
         assert part.weight.grad.abs().sum() > 0
     codebook = tokenizer.quantizer.codebook
     assert codebook.grad is None or not codebook.grad.any()
@@ -273,11 +279,12 @@ def test_the_words_teach_encoder_and_decoder_and_leave_the_codebook_to_eq7(token
 
 def test_tokenize_gives_a_code_a_cell_and_needs_no_gradient(tokenizer, frames):
     graph = []
-    watch = tokenizer.proj.register_forward_hook(lambda module, inputs, output: graph.append(output.requires_grad))
+    watch = tokenizer.proj.register_forward_hook(lambda module, inputs, output:
+                                                 graph.append(output.requires_grad))
     ids = tokenizer.tokenize(frames)
     watch.remove()
     assert ids.shape == (3, 2, 2, 2) and ids.dtype == torch.int64 and graph == [False]
     embedded = tokenizer.embed(frames).detach()
     assert torch.equal(ids, nearest(embedded, tokenizer.quantizer.codebook.detach())[0])
-    assert torch.equal(tokenizer.tokenize(frames[1:2])[0], ids[1])              # a clip's codes depend on no other
-    assert torch.equal(tokenizer.tokenize(frames[:, 1:])[:, 0], ids[:, 1])      # nor a frame's on other frames
+    assert torch.equal(tokenizer.tokenize(frames[1:2])[0], ids[1])          # a clip's codes need no other
+    assert torch.equal(tokenizer.tokenize(frames[:, 1:])[:, 0], ids[:, 1])  # nor a frame's other frames

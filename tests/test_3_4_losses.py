@@ -1,4 +1,4 @@
-"""3.4, pretraining: Eq. (3) and (8) against plain loops, one masked pass for all three, a batch in parts, ranks."""
+"""3.4, pretraining: Eq. (3) and (8) against plain loops, one masked pass for all, a batch in parts, ranks."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def near(ours, expected, atol=1e-6):
     torch.testing.assert_close(ours, expected, atol=atol, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- Eq. (3), (8)
+# ----------------------------------------------------------------------------------------------- Eq. (3), (8)
 
 
 def cross_entropy(logits, targets):
@@ -28,10 +28,12 @@ def cross_entropy(logits, targets):
 def test_eq3_and_eq8_terms(loss):
     classes = 2 if loss is vtm_loss else 9
     logits, targets = 4 * torch.randn(13, classes), torch.randint(classes, (13,))
-    assert float(loss(logits, targets)) == pytest.approx(cross_entropy(logits.numpy(), targets.numpy()), rel=1e-5)
+    assert float(loss(logits, targets)) == pytest.approx(cross_entropy(logits.numpy(), targets.numpy()),
+                                                         rel=1e-5)
     half = loss(logits.bfloat16(), targets)
     assert half.dtype == torch.float32
-    assert float(half) == pytest.approx(cross_entropy(logits.bfloat16().float().numpy(), targets.numpy()), rel=1e-5)
+    assert float(half) == pytest.approx(cross_entropy(logits.bfloat16().float().numpy(), targets.numpy()),
+                                        rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -48,7 +50,7 @@ def test_a_loss_over_nothing_is_zero(loss):
     assert nothing.item() == 0 and nothing.requires_grad
 
 
-# ---------------------------------------------------------------------------------------------------- the masked pass
+# -------------------------------------------------------------------------------------------- the masked pass
 
 
 @pytest.fixture
@@ -66,8 +68,9 @@ def batch():
                           [CLS, MASK, SEP, 0, 0, 0], [CLS, 9, 8, SEP, 0, 0]])
     words = torch.zeros_like(ids, dtype=torch.bool)
     words[0, 3] = words[2, 1] = words[2, 2] = words[3, 1] = words[3, 2] = True
-    return {"frames": torch.rand(4, 2, 3, 64, 64, generator=source), "ids": ids, "mask": ids > 0, "words": words,
-            "wrong": wrong, "cells": torch.rand(4, 8, generator=source) < torch.tensor([[0.1], [0.5], [0.9], [0.4]]),
+    return {"frames": torch.rand(4, 2, 3, 64, 64, generator=source), "ids": ids, "mask": ids > 0,
+            "words": words, "wrong": wrong,
+            "cells": torch.rand(4, 8, generator=source) < torch.tensor([[0.1], [0.5], [0.9], [0.4]]),
             "truth": torch.randint(5, 33, (4, 6), generator=source),
             "codes": torch.randint(11, (4, 8), generator=source)}
 
@@ -131,7 +134,8 @@ def test_rows_that_no_word_uses_are_cut_off(model, batch):
 @pytest.mark.parametrize("on", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), ()])
 def test_an_objective_that_is_off_leaves_out_its_output_and_its_cost(model, batch, on):
     whole = masked_pass(model, batch)
-    heads, decoder = [calls(head) for head in (model.vtm_head, model.mlm_head, model.mvm_head)], calls(model.decoder)
+    heads, decoder = ([calls(head) for head in (model.vtm_head, model.mlm_head, model.mvm_head)],
+                      calls(model.decoder))
     found = model(batch["frames"], batch["ids"], batch["mask"],
                   mismatched=(batch["wrong"], batch["wrong"] > 0) if 0 in on else None,
                   words=batch["words"] if 1 in on else None, cells=batch["cells"] if 2 in on else None)
@@ -143,7 +147,7 @@ def test_an_objective_that_is_off_leaves_out_its_output_and_its_cost(model, batc
     assert len(decoder[0][0]) == (8 if 0 in on else 4)
 
 
-# ------------------------------------------------------------------------------------------------- a batch in parts
+# ------------------------------------------------------------------------------------------- a batch in parts
 
 
 def losses(model, b, counts):
@@ -163,7 +167,7 @@ def test_eq8_accumulated_gradients_are_those_of_the_whole_batch(tiny, model, bat
     whole = losses(model, batch, dict.fromkeys(counts))
     whole.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    assert all(grad.abs().sum() > 0 for grad in expected.values())              # Eq. (8) reaches every parameter
+    assert all(grad.abs().sum() > 0 for grad in expected.values())      # Eq. (8) reaches every parameter
     model.zero_grad()
     total = 0.0
     for start, end in zip(cuts, cuts[1:]):
@@ -175,7 +179,7 @@ def test_eq8_accumulated_gradients_are_those_of_the_whole_batch(tiny, model, bat
         near(p.grad, expected[name])
 
 
-# ----------------------------------------------------------------------------------------------------------- ranks
+# ------------------------------------------------------------------------------------------------------ ranks
 
 
 def test_rank_of_truth_counts_every_tie_against_the_query():
@@ -197,4 +201,4 @@ def test_a_score_is_the_difference_of_the_logits_in_fp32(model, batch):
     with torch.no_grad():
         model.vtm_head.weight.zero_()
         model.vtm_head.bias.copy_(torch.tensor([1.0, 4.0]))
-        near(model.match(video, text, batch["mask"]), torch.full((4,), 3.0))    # the pair that matches is logit 1
+        near(model.match(video, text, batch["mask"]), torch.full((4,), 3.0))    # the matching pair is logit 1

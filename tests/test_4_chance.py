@@ -1,7 +1,8 @@
-"""Multiple choice cannot be answered from one side: models that see only the text or only the video stay at chance.
+"""Multiple choice cannot be answered from one side: models that see only text or only video stay at chance.
 
-Both are trained on the training split of the task itself, the fair meaning of "chance" (section 4's tasks are about
-video and language together). The set is small here; `python tests/test_4_chance.py DIR` does the same on a whole set.
+Both are trained on the training split of the task itself, the fair meaning of "chance" (section 4's tasks are
+about video and language together). The set is small here; `python tests/test_4_chance.py DIR` does the same
+on a whole set.
 """
 import math
 import sys
@@ -21,21 +22,24 @@ TASKS = ("mc_caption", "mc_action", "mc_transition")
 
 
 def blind_accuracy(folder, task, side, steps, seed=0):
-    """Trains a model that sees one side alone on `task`, and returns (accuracy on test, number of questions)."""
+    """Trains a model that sees one side alone on `task` -> (accuracy on test, number of questions)."""
     splits, _ = open_splits(folder, task)
     rows = {name: list(splits[name]) for name in ("train", "test")}
-    words = WordPiece.from_captions(option for row in rows["train"] for option in [row["question"], *row["options"]])
-    config = replace(Config.toy(), words=len(words), size=32)      # one cell a frame is enough to be blind with
+    words = WordPiece.from_captions(option for row in rows["train"]
+                                    for option in [row["question"], *row["options"]])
+    config = replace(Config.toy(), words=len(words), size=32)   # one cell a frame is enough to be blind with
     torch.manual_seed(seed)
     model, out = EViLM(config), torch.nn.Linear(config.width, 1 if side == "text" else 5)
     optimizer = torch.optim.AdamW([*model.parameters(), *out.parameters()], lr=1e-3)
-    frames = {name: pretrain.read_videos(splits[name], rows[name], config)[0] for name in rows} if side == "video" else {}
+    frames = {name: pretrain.read_videos(splits[name], rows[name], config)[0]
+              for name in rows} if side == "video" else {}
 
     def logits(name, chosen):
         """(n, 5): of the options' texts where the text is seen, of their places where the video is."""
         if side == "video":
             return out(model.fuse(model.encode_video(pretrain.scale(frames[name][chosen])), None, None)[0])
-        texts = [f"{rows[name][i]['question']} {option}" for i in chosen.tolist() for option in rows[name][i]["options"]]
+        texts = [f"{rows[name][i]['question']} {option}"
+                 for i in chosen.tolist() for option in rows[name][i]["options"]]
         text, mask = pretrain.encode_captions(model, texts, words, CPU)
         return out(model.fuse(None, text, mask)[0]).view(-1, 5)
 
@@ -76,4 +80,5 @@ if __name__ == "__main__":
             for seed in range(3):
                 accuracy, n = blind_accuracy(sys.argv[1], task, side, 300, seed)
                 low, high = interval(accuracy, n)
-                print(f"{task:<14} {side:<6} alone, seed {seed}: {accuracy:.1%} of {n}, 95% interval {low:.1%} to {high:.1%}")
+                print(f"{task:<14} {side:<6} alone, seed {seed}: {accuracy:.1%} of {n}, "
+                      f"95% interval {low:.1%} to {high:.1%}")

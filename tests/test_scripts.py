@@ -1,4 +1,4 @@
-"""The two scripts as a user runs them: short runs, a kill in the middle, two processes, and what bad input gets."""
+"""The two scripts as a user runs them: short runs, a kill midway, two processes, what bad input gets."""
 import json
 import os
 import signal
@@ -23,7 +23,8 @@ def command(script, *flags):
 
 
 def run(script, *flags, folder, expect=0):
-    done = subprocess.run(command(script, *flags), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command(script, *flags), cwd=folder, env=ENVIRONMENT, capture_output=True,
+                          text=True, timeout=200)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -40,8 +41,8 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(home):
     """A pretraining run of eight steps, and what it printed."""
-    return home / "whole", run("pretrain.py", "--data", "clips", "--max-steps", 8, "--keep-at", "0.5", "--out", "whole",
-                               *QUICK, folder=home)
+    return home / "whole", run("pretrain.py", "--data", "clips", "--max-steps", 8, "--keep-at", "0.5",
+                               "--out", "whole", *QUICK, folder=home)
 
 
 def weights(path):
@@ -62,10 +63,11 @@ def test_a_short_tokenizer_run_leaves_what_the_readme_says(home):
 def test_a_short_pretraining_run_leaves_what_the_readme_says(unbroken):
     folder, said = unbroken
     names = {path.name for path in folder.iterdir()}
-    assert {"last.pt", "best.pt", "at-0.5.pt", "metrics.jsonl", "curves.png", "masked.png", "retrieval.png"} <= names
+    assert {"last.pt", "best.pt", "at-0.5.pt", "metrics.jsonl", "curves.png", "masked.png",
+            "retrieval.png"} <= names
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    wanted = "vtm mlm mlm_majority mvm mvm_majority mvm_mode mvm_copy mc r1 r5 r10 median_rank codebook_usage " \
-             "codebook_perplexity".split()
+    wanted = "vtm mlm mlm_majority mvm mvm_majority mvm_mode mvm_copy mc r1 r5 r10 median_rank " \
+             "codebook_usage codebook_perplexity".split()
     assert last["split"] == "test" and all(name in last for name in wanted)
     assert all(0 <= last[name] <= 1 for name in wanted if name not in ("median_rank", "codebook_perplexity"))
     assert "chance" in said and "next: python" in said
@@ -74,8 +76,8 @@ def test_a_short_pretraining_run_leaves_what_the_readme_says(unbroken):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_resumes_to_the_same_weights(home, unbroken, workers):
     flags = ("--data", "clips", "--max-steps", 8, "--save-every", 2, "--out", f"killed{workers}", *QUICK)
-    process = subprocess.Popen(command("pretrain.py", *flags), cwd=home, env=ENVIRONMENT, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command("pretrain.py", *flags), cwd=home, env=ENVIRONMENT,
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     last = home / f"killed{workers}/last.pt"
     while not last.exists():
         assert process.poll() is None
@@ -85,15 +87,17 @@ def test_a_killed_run_resumes_to_the_same_weights(home, unbroken, workers):
     assert torch.load(last, weights_only=True)["step"] < 8, "it was killed too late to show anything"
     run("pretrain.py", *flags[:-4], "--workers", workers, "--device", "cpu", "--resume", folder=home)
     assert same(weights(last), weights(unbroken[0] / "last.pt"))
-    lines = [[json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (last.parent, unbroken[0])]
+    lines = [[json.loads(line) for line in open(folder / "metrics.jsonl")]
+             for folder in (last.parent, unbroken[0])]
     assert lines[0] == lines[1]
 
 
 def test_a_killed_tokenizer_run_resumes_to_the_same_weights(home):
     flags = ("--data", "clips", "--max-steps", 6, "--revive-after", 1, "--warm", 0.2, *QUICK)
     run("train_tokenizer.py", *flags, "--out", "t/whole", folder=home)
-    process = subprocess.Popen(command("train_tokenizer.py", *flags, "--save-every", 2, "--out", "t/killed"), cwd=home,
-                               env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command("train_tokenizer.py", *flags, "--save-every", 2, "--out", "t/killed"),
+                               cwd=home, env=ENVIRONMENT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
     last = home / "t/killed/last.pt"
     while not last.exists():
         assert process.poll() is None
@@ -105,8 +109,9 @@ def test_a_killed_tokenizer_run_resumes_to_the_same_weights(home):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(home):
-    process = subprocess.Popen(command("pretrain.py", "--data", "clips", "--max-steps", 500, "--out", "stopped", *QUICK),
-                               cwd=home, env=ENVIRONMENT, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command("pretrain.py", "--data", "clips", "--max-steps", 500, "--out",
+                                       "stopped", *QUICK), cwd=home, env=ENVIRONMENT,
+                               stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     while not (home / "stopped/metrics.jsonl").exists():
         time.sleep(0.05)
     time.sleep(2)
@@ -120,8 +125,8 @@ def test_two_processes_train_to_the_weights_of_one(home, unbroken):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
                 "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     flags = ("--data", "clips", "--max-steps", "8", "--out", "two", *QUICK)
-    done = subprocess.run([*torchrun, *command("pretrain.py", *flags)[1:]], cwd=home, env=ENVIRONMENT, timeout=200,
-                          capture_output=True, text=True)
+    done = subprocess.run([*torchrun, *command("pretrain.py", *flags)[1:]], cwd=home, env=ENVIRONMENT,
+                          timeout=200, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one, two = weights(unbroken[0] / "last.pt"), weights(home / "two/last.pt")
     for name in one:                                                # the toy preset has no dropout
@@ -129,15 +134,18 @@ def test_two_processes_train_to_the_weights_of_one(home, unbroken):
 
 
 def test_accumulation_changes_no_result(home, unbroken):
-    run("pretrain.py", "--data", "clips", "--max-steps", 8, "--accumulate", 3, "--out", "parts", *QUICK, folder=home)
+    run("pretrain.py", "--data", "clips", "--max-steps", 8, "--accumulate", 3, "--out", "parts", *QUICK,
+        folder=home)
     one, parts = weights(unbroken[0] / "last.pt"), weights(home / "parts/last.pt")
     for name in one:
         torch.testing.assert_close(parts[name], one[name], rtol=1e-3, atol=2e-4)
 
 
 def test_kept_codes_are_the_online_codes(home, unbroken):
-    run("pretrain.py", "--data", "clips", "--max-steps", 8, "--codes", "online", "--out", "online", *QUICK, folder=home)
-    kept, online = ([json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (unbroken[0], home / "online"))
+    run("pretrain.py", "--data", "clips", "--max-steps", 8, "--codes", "online", "--out", "online", *QUICK,
+        folder=home)
+    kept, online = ([json.loads(line) for line in open(folder / "metrics.jsonl")]
+                    for folder in (unbroken[0], home / "online"))
     assert kept[0]["loss_mvm"] == pytest.approx(online[0]["loss_mvm"], rel=1e-3)
 
 
@@ -152,13 +160,14 @@ def test_an_older_run_is_moved_aside_not_overwritten(home):
 @pytest.mark.parametrize("objectives", ["vtm", "mlm", "mvm", "vtm,mlm"])
 def test_each_objective_can_be_trained_alone(home, objectives):
     out = "only-" + objectives.replace(",", "-")
-    run("pretrain.py", "--data", "clips", "--max-steps", 2, "--objectives", objectives, "--out", out, *QUICK, folder=home)
+    run("pretrain.py", "--data", "clips", "--max-steps", 2, "--objectives", objectives, "--out", out, *QUICK,
+        folder=home)
     last = json.loads((home / out / "metrics.jsonl").read_text().splitlines()[-1])
     for name in ("vtm", "mlm", "mvm"):
         assert (name in last) == (name in objectives)
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 BAD = {
     "no such folder": (("--data", "nowhere"), "nowhere"),
@@ -205,8 +214,8 @@ def test_a_tokenizer_of_other_words_is_refused(home):
 
 
 def test_resuming_with_other_flags_is_refused(home, unbroken):
-    said = run("pretrain.py", "--data", "clips", "--max-steps", 8, "--seed", 5, "--out", "whole", "--resume", *QUICK,
-               folder=home, expect=2)
+    said = run("pretrain.py", "--data", "clips", "--max-steps", 8, "--seed", 5, "--out", "whole", "--resume",
+               *QUICK, folder=home, expect=2)
     assert "--seed" in said
 
 
@@ -227,6 +236,6 @@ def test_a_broken_clip_is_named_once_replaced_and_counted(home, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(home):
-    said = run("train_tokenizer.py", "--data", "clips", "--max-steps", 6, "--lr", 1e30, "--out", "wild", *QUICK,
-               folder=home, expect=2)
+    said = run("train_tokenizer.py", "--data", "clips", "--max-steps", 6, "--lr", 1e30, "--out", "wild",
+               *QUICK, folder=home, expect=2)
     assert "not finite at step" in said and "Traceback" not in said

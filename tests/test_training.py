@@ -1,5 +1,4 @@
 """What the scripts share: schedule, decay, checkpoints, parts of a batch, processes, exit statuses."""
-import argparse
 import errno
 import math
 import os
@@ -18,16 +17,17 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import evilm
-from evilm import (CLS, SEP, Config, EViLM, InputError, Machine, NotFinite, SemanticTokenizer, common_flags, config_of,
-                   configure, learning_rate, load, make_optimizer, mlm_loss, mvm_loss, run_script, save, set_up,
-                   vtm_loss)
+from evilm import (CLS, SEP, Config, EViLM, InputError, Machine, NotFinite, SemanticTokenizer, common_flags,
+                   config_of, configure, learning_rate, load, make_optimizer, mlm_loss, mvm_loss, run_script,
+                   save, set_up, vtm_loss)
 
-# ----------------------------------------------------------------------------------------------- schedule, optimizer
+# ---------------------------------------------------------------------------------------- schedule, optimizer
 
 
 @pytest.mark.parametrize("steps, warmup", [(200, 0.05), (37, 0.3), (1000, 0.1)])
 def test_learning_rate_rises_linearly_then_falls_by_half_a_cosine_to_zero(steps, warmup):
-    rates, rise = [learning_rate(step, steps, 3e-4, warmup) for step in range(steps + 1)], round(warmup * steps)
+    rates, rise = ([learning_rate(step, steps, 3e-4, warmup) for step in range(steps + 1)],
+                   round(warmup * steps))
     assert rates[:rise] == pytest.approx([3e-4 * (i + 1) / rise for i in range(rise)])
     assert max(rates) == pytest.approx(3e-4) and rates[0] > 0
     assert rates[rise:] == pytest.approx([3e-4 * math.cos(math.pi / 2 * i / (steps - rise)) ** 2
@@ -37,7 +37,8 @@ def test_learning_rate_rises_linearly_then_falls_by_half_a_cosine_to_zero(steps,
 
 def test_learning_rate_of_the_shortest_runs_is_a_positive_number():
     for steps in (1, 2, 3):
-        assert all(0 < learning_rate(step, steps, 1.0, warmup) <= 1 for step in range(steps) for warmup in (0, 0.05, 1))
+        assert all(0 < learning_rate(step, steps, 1.0, warmup) <= 1
+                   for step in range(steps) for warmup in (0, 0.05, 1))
 
 
 def test_no_decay_on_norms_biases_and_other_vectors(tiny):
@@ -46,7 +47,7 @@ def test_no_decay_on_norms_biases_and_other_vectors(tiny):
         optimizer = make_optimizer(model, 1e-3, 0.07, torch.device("cpu"))
         assert isinstance(optimizer, torch.optim.AdamW)
         decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay)      # each one once
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay)  # each one once
         assert id(frozen) not in decay and len(decay) == len(list(model.parameters())) - 1
         for name, p in model.named_parameters():
             if p is not frozen:
@@ -54,11 +55,12 @@ def test_no_decay_on_norms_biases_and_other_vectors(tiny):
                 assert decay[id(p)] == (0.0 if vector else 0.07), name
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def checkpoint(config=Config.toy(), **values):
-    return {"kind": "pretrain", "config": asdict(config), "model": {"w": torch.arange(5.0)}, "step": 1, **values}
+    return {"kind": "pretrain", "config": asdict(config), "model": {"w": torch.arange(5.0)}, "step": 1,
+            **values}
 
 
 def whole(path, step):
@@ -158,7 +160,8 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 def test_load_refuses_what_is_no_checkpoint(tmp_path):
     assert "no such" in refused(tmp_path / "missing.pt")
-    text, cut, empty, tensor, other = (tmp_path / f"{name}.pt" for name in ("text", "cut", "empty", "tensor", "other"))
+    text, cut, empty, tensor, other = (tmp_path / f"{name}.pt"
+                                       for name in ("text", "cut", "empty", "tensor", "other"))
     text.write_text("a list of words\nand another line\n")
     save(checkpoint(more=torch.zeros(1000)), cut)
     cut.write_bytes(cut.read_bytes()[:len(cut.read_bytes()) // 2])
@@ -182,11 +185,12 @@ def test_a_config_comes_back_from_its_checkpoint(tiny, tmp_path):
         save(checkpoint(config), tmp_path / "last.pt")
         found = load(tmp_path / "last.pt", "pretrain")
         assert type(found["config"]) is dict and config_of(found) == config
-        listed = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}   # as JSON has it
+        # as JSON has it
+        listed = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}
         assert config_of({"config": listed}) == config and hash(config_of({"config": listed})) == hash(config)
 
 
-# ------------------------------------------------------------------------------------------------ flags and statuses
+# ----------------------------------------------------------------------------------------- flags and statuses
 
 
 def test_flags_left_out_come_from_the_preset_of_the_stage():
@@ -198,7 +202,8 @@ def test_flags_left_out_come_from_the_preset_of_the_stage():
     args, config = parsed("")
     assert config == toy and (args.epochs, args.batch_size, args.lr) == (toy.epochs, toy.batch_size, toy.lr)
     args, config = parsed("tokenizer_", "--preset", "paper", "--epochs", "3")
-    assert config == paper and (args.epochs, args.batch_size, args.lr) == (3, paper.tokenizer_batch_size, 2e-4)
+    assert config == paper and (args.epochs, args.batch_size, args.lr) == (3, paper.tokenizer_batch_size,
+                                                                           2e-4)
     assert parsed("", "--preset", "paper")[0].lr == 1e-4                        # 4.1
     with pytest.raises(InputError, match="--preset huge.*toy, paper"):
         parsed("", "--preset", "huge")
@@ -254,7 +259,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     assert set_up("cpu", "bf16").bf16 and not set_up("cpu", "fp32").bf16
 
 
-# ------------------------------------------------------------------------------------------- parts and processes
+# ---------------------------------------------------------------------------------------- parts and processes
 
 
 @pytest.mark.parametrize("size, parts", [(8, 1), (8, 2), (7, 3), (5, 4), (3, 8), (1, 1)])
@@ -276,8 +281,8 @@ def test_one_process_totals_are_its_own():
 
 def loss_terms(model, batch, counts):
     """Eq. (8), each term over the count of the whole batch."""
-    vtm, mlm, mvm = model(batch["frames"], batch["ids"], batch["ids"] > 0, words=batch["words"], cells=batch["cells"],
-                          mismatched=(batch["wrong"], batch["wrong"] > 0))
+    vtm, mlm, mvm = model(batch["frames"], batch["ids"], batch["ids"] > 0, words=batch["words"],
+                          cells=batch["cells"], mismatched=(batch["wrong"], batch["wrong"] > 0))
     pairs = torch.arange(len(vtm)).lt(len(vtm) // 2).long()
     return (vtm_loss(vtm, pairs, counts[0]) + mlm_loss(mlm, batch["truth"][batch["words"]], counts[1])
             + mvm_loss(mvm, batch["codes"][batch["cells"]], counts[2]))
@@ -285,8 +290,10 @@ def loss_terms(model, batch, counts):
 
 def whole_batch():
     source = torch.Generator().manual_seed(2)
-    ids = torch.tensor([[CLS, 9, 8, 30, SEP], [CLS, 12, SEP, 0, 0], [CLS, 6, 4, 22, SEP], [CLS, 4, 17, SEP, 0]])
-    return {"frames": torch.rand(4, 2, 3, 64, 64, generator=source).double(), "ids": ids, "wrong": ids.roll(1, 0),
+    ids = torch.tensor([[CLS, 9, 8, 30, SEP], [CLS, 12, SEP, 0, 0], [CLS, 6, 4, 22, SEP],
+                        [CLS, 4, 17, SEP, 0]])
+    return {"frames": torch.rand(4, 2, 3, 64, 64, generator=source).double(), "ids": ids,
+            "wrong": ids.roll(1, 0),
             "words": (ids > 5) & (torch.rand(ids.shape, generator=source) < 0.6),
             "cells": torch.rand(4, 8, generator=source) < torch.tensor([[0.2], [0.4], [0.6], [0.8]]),
             "truth": torch.randint(5, 33, (4, 5), generator=source),
@@ -314,14 +321,15 @@ def one_of_two(rank, folder, config):
     parallel, loss = machine.wrap(model, compiled=False), 0.0
     mine = {name: (value[:3] if rank == 0 else value[3:]) for name, value in whole_batch().items()}
     counts, given = machine.total(count(mine)).tolist(), torch.tensor([1, 10 ** rank])
-    for part, sync in machine.parts(parallel, mine, 2):                         # two parts here, one there
+    for part, sync in machine.parts(parallel, mine, 2):                     # two parts here, one there
         with sync:
             share = loss_terms(parallel, part, counts)
-            (share * machine.world).backward()                                  # it averages: the sum is wanted
+            (share * machine.world).backward()                              # it averages: the sum is wanted
         loss += share.item()
-    torch.save({"rank": machine.rank, "world": machine.world, "main": machine.main, "waited": waited, "counts": counts,
-                "total": machine.total(given), "given": given, "shared": machine.shared(given.clone()),
-                "loss": machine.total([loss]).item(), "grads": {name: p.grad for name, p in model.named_parameters()}},
+    torch.save({"rank": machine.rank, "world": machine.world, "main": machine.main, "waited": waited,
+                "counts": counts, "total": machine.total(given), "given": given,
+                "shared": machine.shared(given.clone()), "loss": machine.total([loss]).item(),
+                "grads": {name: p.grad for name, p in model.named_parameters()}},
                f"{folder}/{rank}.pt")
     run_script(lambda: None)                # leaves the process group
     assert not dist.is_initialized()
