@@ -408,7 +408,7 @@ def draw_curves(run, objectives, path):
 
 @torch.no_grad()
 def draw_masked(model, loader, labels, machine, path, clips=6):
-    """Frames, what the model saw, and the codes it predicts for what it did not see."""
+    """Frames, what the model saw, and the codes it predicts for what it did not see; clips from all over a batch."""
     batch = next(prefetch(loader, machine.device))[0]
     frames, codes, cells = scale(batch["frames"]), labels(batch), batch["cells"]
     with machine.autocast():
@@ -418,7 +418,7 @@ def draw_masked(model, loader, labels, machine, path, clips=6):
     pictures.masked([{"frames": batch["frames"][i].permute(0, 2, 3, 1).cpu().numpy(),
                       "mask": cells[i].cpu().numpy(), "true": codes[i].cpu().numpy(),
                       "predicted": guess[i].cpu().numpy(), "caption": batch["captions"][i]}
-                     for i in range(min(clips, len(codes)))],
+                     for i in range(0, len(codes), -(-len(codes) // clips))],
                     path, "Masked video modeling: predicted codes of masked cells")
 
 
