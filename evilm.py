@@ -1010,7 +1010,8 @@ def load(path, kind):
 def config_of(checkpoint):
     """The Config that a checkpoint was trained with, from its plain dict."""
     try:
-        return Config(**checkpoint["config"])
+        return Config(**{name: tuple(value) if isinstance(value, list) else value
+                         for name, value in checkpoint["config"].items()})
     except TypeError as error:
         raise InputError(f"the checkpoint's config does not fit this version of evilm.py ({error})") from None
 
