@@ -485,7 +485,10 @@ def open_split(folder, name, task=""):
 
 
 def cut(manifest, shares):
-    """Cuts a manifest by its videos' hashes: the lowest for the shares, one at least, the rest for train."""
+    """Cuts a manifest by its videos' hashes: the lowest for the shares, one at least, the rest for train.
+
+    Of six videos or more each share has two, since a mismatched caption is another video's.
+    """
     videos = manifest.index[2:, 1].copy()
     ranked = np.sort(videos)
     ranked = ranked[np.diff(ranked, prepend=ranked[0] - 1) != 0]
@@ -494,7 +497,7 @@ def cut(manifest, shares):
                         "from them: add clips, or files for the other splits")
     splits, first, rows = {}, 0, np.arange(len(videos))
     for name, share in shares.items():
-        first += max(1, round(share * len(ranked)))
+        first += max(1 + (len(ranked) >= 6), round(share * len(ranked)))
         taken = videos[rows] < ranked[first]
         splits[name], rows = Manifest(manifest.path, manifest.fields, rows[taken]), rows[~taken]
     return splits | {"train": Manifest(manifest.path, manifest.fields, rows)}
