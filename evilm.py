@@ -87,8 +87,8 @@ class Config:
     mask_ratio: float = 0.40
     word_ratio: float = 0.15
     augment: bool = True                # one random crop for a clip's frames, never a flip ("left" is a word)
-    # training (4.1). The paper says neither batch size nor schedule nor how weights start: linear warm-up and a
-    # cosine, as its relatives do; see `initialise`. (Fig. 6's 15K steps over 20 epochs would be 3,300 clips.)
+    # training (4.1). The paper says neither batch size nor schedule nor how weights start: linear warm-up and
+    # a cosine, as its relatives do; see `initialise`. (Fig. 6's 15K steps in 20 epochs would be 3,300 clips.)
     batch_size: int = 64
     epochs: int = 20
     lr: float = 1e-4
@@ -772,8 +772,7 @@ def common_flags(description, stage):
 
     add = parser.add_argument
     add("--data", default="data/toy", metavar="DIR", help="folder of clips with train.jsonl or "
-        "captions.jsonl; the synthetic set is rendered there if the folder does not exist "
-        "(default: data/toy)")
+        "captions.jsonl (default: data/toy, where the synthetic set is rendered on first use)")
     add("--preset", default="toy", metavar="toy|paper", help="sizes and settings (default: toy)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
         help="default: auto, the best there is")
@@ -809,13 +808,16 @@ def positive(text):
     return value
 
 
+def preset_named(name):
+    presets = {"toy": Config.toy, "paper": Config.paper}
+    if name not in presets:
+        raise InputError(f"--preset {name}: there is no such preset; it is one of {', '.join(presets)}")
+    return presets[name]()
+
+
 def configure(args, stage=""):
     """The preset's Config with what the flags change; the flags left out are filled from it."""
-    presets = {"toy": Config.toy, "paper": Config.paper}
-    if args.preset not in presets:
-        raise InputError(f"--preset {args.preset}: there is no such preset; it is one of "
-                         f"{', '.join(presets)}")
-    config = presets[args.preset]()
+    config = preset_named(args.preset)
     for name in ("epochs", "batch_size", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(config, stage + name))
@@ -1088,7 +1090,7 @@ class Run:
                     if line not in self.broken:
                         machine.say(f"broken clip, replaced: {line}")
                     self.broken.add(line)
-                # dropout's
+                # Dropout depends on the step alone, so that a resumed run draws the same.
                 torch.manual_seed(self.seed * 1_000_003 + self.step * machine.world + machine.rank)
                 yield batch
                 self.clips += len(batch["frames"]) * machine.world
@@ -1214,11 +1216,7 @@ def main():
                                      "paper's.", allow_abbrev=False)
     parser.add_argument("--preset", default="paper", metavar="toy|paper", help="default: paper")
     args = parser.parse_args()
-    presets = {"toy": Config.toy(), "paper": Config.paper()}
-    if args.preset not in presets:
-        raise InputError(f"--preset {args.preset}: there is no such preset; it is one of "
-                         f"{', '.join(presets)}")
-    config = presets[args.preset]
+    config = preset_named(args.preset)
     print(f"Table 8, preset {args.preset}\n{'':<28}{'parameters':>12}{'paper':>9}")
     for name, count, paper in table8(config):
         print(f"{name:<28}{count:>12,}{paper:>9}")

@@ -64,8 +64,9 @@ class PretrainBatch:
 
     Frames (B, T, 3, H, W) uint8 travel whole. Texts are (B, 2, L): [:, 0] the matched captions, [:, 1] the
     mismatched: `ids` whole, `masked` with words masked, `mask` True where a word is; `words` (B, L) are the
-    matched captions' words to predict. `cells` (B, T, g, g) are to be masked. `rows` (B,) and `numbers`
-    (B, T): where frames come from.
+    matched captions' words to predict. `cells` (B, T, g, g) are to be masked. What stays on the CPU is
+    NumPy's, so that no step waits for the device: `rows` (B,) and `numbers` (B, T), where frames come from,
+    and `counts` (3,), the pairs, words and cells that the losses are means over.
     """
     mismatched = True
 
@@ -89,8 +90,9 @@ class PretrainBatch:
                     masked[i, j], chosen[i, j] = mask_words(ids[i, j], c.words, generator, c.word_ratio)
         return {"frames": torch.stack([s["frames"] for s in samples]), "ids": ids, "masked": masked,
                 "mask": mask, "words": chosen[:, 0], "cells": cells,
-                "rows": torch.tensor([s["index"] for s in samples]),
-                "numbers": torch.stack([torch.as_tensor(s["numbers"]) for s in samples]),
+                "rows": np.array([s["index"] for s in samples]),
+                "numbers": np.stack([s["numbers"] for s in samples]),
+                "counts": np.array([2 * len(samples), int(chosen[:, 0].sum()), int(cells.sum())]),
                 "captions": [s["caption"] for s in samples],
                 "broken": [line for s in samples for line in s["broken"]]}
 
@@ -163,7 +165,7 @@ class Labels:
         if self.codes is None:
             with self.machine.autocast():
                 return self.tokenizer.tokenize(scale(batch["frames"]))          # the unmasked frames
-        frames = self.starts[batch["rows"].cpu().numpy(), None] + batch["numbers"].cpu().numpy()
+        frames = self.starts[batch["rows"], None] + batch["numbers"]
         return torch.from_numpy(self.codes[frames].astype(np.int64)).to(self.machine.device)
 
 
@@ -408,7 +410,7 @@ def draw_curves(run, objectives, path):
 
 @torch.no_grad()
 def draw_masked(model, loader, labels, machine, path, clips=6):
-    """Frames, what the model saw, and the codes it predicts for what it did not see; clips from all over a batch."""
+    """Frames, what the model saw, and the codes it predicts for what it did not see."""
     batch = next(prefetch(loader, machine.device))[0]
     frames, codes, cells = scale(batch["frames"]), labels(batch), batch["cells"]
     with machine.autocast():
@@ -471,9 +473,7 @@ def train(args, machine):
         run.set_learning_rate(args.lr, config.warmup)
         if tokenizer is not None:
             batch["codes"] = labels(batch)
-        counts = machine.total([2 * len(batch["frames"]), int(batch["words"].sum()),
-                                int(batch["cells"].sum())])
-        counts = dict(zip(LOSSES, counts.tolist()))
+        counts = dict(zip(LOSSES, machine.total(batch.pop("counts").tolist()).tolist()))
         losses = torch.zeros(len(args.objectives), device=machine.device)
         for part, sync in machine.parts(wrapped, batch, args.accumulate):
             with sync:
@@ -500,7 +500,6 @@ def train(args, machine):
                         + ", ".join(f"{name} {scores[name]:.1%}" for name in args.objectives))
             run.state["sums"] = sums = torch.zeros_like(sums)
             run.save_last()
-    run.save_last()
     run.say_speed()
     if machine.main:
         finish(model, run, splits, online, collate, args, machine.alone())
@@ -528,8 +527,7 @@ def finish(model, run, splits, labels, collate, args, machine):
     loader = evaluation_loader(splits["test"], collate, config, args, machine)
     scores = evaluate(model, loader, labels, wordpiece, objectives, machine)
     if labels.tokenizer is not None:
-        tokenizer_scores = train_tokenizer.codebook_in_use(labels.tokenizer, loader, machine)
-        scores |= tokenizer_scores
+        scores |= train_tokenizer.codebook_in_use(labels.tokenizer, loader, machine)
         draw_masked(model, loader, labels, machine, run.folder / "masked.png")
     if "vtm" in objectives:
         found, *drawn = score_retrieval(model, splits["test"], wordpiece, machine)

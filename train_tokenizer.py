@@ -82,6 +82,7 @@ def pad(rows, width):
 
 class TokenizerBatch:
     """Makes a batch of samples: frames (B, T, 3, H, W) uint8, their captions' words, ids and mask (B, L)."""
+    mismatched = False
 
     def __init__(self, wordpiece, config):
         self.wordpiece, self.config = wordpiece, config
@@ -101,7 +102,7 @@ def make_loader(clips, batches, collate, args, machine):
 def evaluation_loader(manifest, collate, config, args, machine, batch_size=50):
     """A split's first clips in order, once, with the middle frames: the same samples every time."""
     clips = ClipCaptions(manifest, config.frames, config.size, args.seed, train=False, strict=args.strict,
-                         mismatched=collate.mismatched if hasattr(collate, "mismatched") else False)
+                         mismatched=collate.mismatched)
     keys = [(0, i) for i in range(min(len(clips), MOST_EVALUATED))][machine.rank::machine.world]
     return make_loader(clips, [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)], collate,
                        args, machine)

@@ -89,16 +89,22 @@ def measure_alone(preset, kind, device, queue):
     queue.put((seconds, memory, str(machine)))
 
 
+def in_own_process(work, *inputs):
+    """What `work(*inputs, queue)` puts in the queue, computed in a fresh process, whose memory is its own."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=work, args=(*inputs, queue))
+    process.start()
+    found = queue.get()
+    process.join()
+    return found
+
+
 def presets(args, machine):
     print("\nforward pass and training step (all three objectives, codes kept)")
-    context = multiprocessing.get_context("spawn")
     for preset, (config, clips) in PRESETS.items():
         for kind in ("forward", "training step"):
-            queue = context.Queue()
-            process = context.Process(target=measure_alone, args=(preset, kind, args.device, queue))
-            process.start()
-            seconds, memory, name = queue.get()
-            process.join()
+            seconds, memory, name = in_own_process(measure_alone, preset, kind, args.device)
             print(f"  {preset:<6} {kind:<14} {clips:>3} clips {1000 * seconds:8.0f} ms "
                   f"{clips / seconds:8.1f} clips/s {memory:6.2f} GiB   ({name})")
 
@@ -199,13 +205,8 @@ def manifest(args, machine):
             for i in range(lines):
                 file.write(json.dumps({"video": f"clips/{i:07d}.mp4",
                                        "caption": f"a red circle of kind {i} moves left"}) + "\n")
-        context = multiprocessing.get_context("spawn")
         for name in ("first", "again"):
-            queue = context.Queue()
-            process = context.Process(target=open_manifest, args=(path, queue))
-            process.start()
-            seconds, grown, row_memory = queue.get()
-            process.join()
+            seconds, grown, row_memory = in_own_process(open_manifest, path)
             print(f"  opened the {name:<6} {seconds:6.2f} s, {grown:6.0f} MB more memory at most, "
                   f"{row_memory:+.0f} MB after 10,000 rows read")
 
