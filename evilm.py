@@ -34,7 +34,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -115,12 +115,12 @@ class Config:
     def toy(cls):
         """The same method, sized so both stages learn the synthetic clips in minutes on two CPU cores."""
         return cls(preset="toy", size=64, depths=(1, 1, 3, 1), dims=(16, 32, 64, 128), kernels=(3, 5, 5, 3),
-                   scales=(2, 2, 2, 2), xca_heads=4, layer_scale=0.1, vocab_rows=1024, words=1024,
+                   scales=(2, 2, 2, 2), xca_heads=4, layer_scale=1.0, vocab_rows=1024, words=1024,
                    positions=64, text_width=64, text_layers=2, text_heads=4, max_words=24, width=128,
                    decoder_layers=2, decoder_heads=4, decoder_pre_norm=True, dropout=0.0, codes=64,
                    code_dim=16, vit_width=96, vit_layers=3, vit_heads=4, tokenizer_width=96,
                    tokenizer_layers=2, tokenizer_heads=4, tokenizer_warm=0.4, word_weight=30.0, augment=False,
-                   batch_size=32, epochs=14, lr=2e-3, mask_ratio=0.25, tokenizer_epochs=6,
+                   batch_size=32, epochs=20, lr=1.5e-3, mask_ratio=0.25, tokenizer_epochs=6,
                    tokenizer_batch_size=32, tokenizer_lr=1e-3)
 
 
@@ -312,6 +312,12 @@ class WordPiece:
         ids = [self.index[piece] for word in self.split(text) for piece in self.pieces(word)]
         return [self.index["[CLS]"], *ids[:max_len - 2], self.index["[SEP]"]]
 
+    def add_words(self, texts, size):
+        """A vocabulary of at most `size` with the words of `texts` that this one cannot spell, at its end."""
+        words = Counter(word for text in texts for word in self.split(text))
+        unknown = sorted((word for word in words if self.pieces(word) == ["[UNK]"]), key=lambda w: (-words[w], w))
+        return WordPiece(self.vocab + unknown[:max(0, size - len(self))])
+
     @classmethod
     def from_captions(cls, captions, size=None):
         """A vocabulary of whole words: the special tokens, then words by count, at most `size` entries."""
@@ -422,6 +428,11 @@ def space_time_sines(T, g, width, device=None):
     return F.pad(sines, (0, width - sines.shape[1]))
 
 
+# Mean and deviation of the pixels that the encoders were trained on.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
 def normalise(frames, mean, deviation):
     """(..., 3, H, W) in [0, 1] -> the scale that an encoder was trained on."""
     mean, deviation = (torch.tensor(c, device=frames.device).view(3, 1, 1) for c in (mean, deviation))
@@ -440,11 +451,28 @@ def initialise(module):
         nn.init.normal_(module.weight, std=0.02)
 
 
-def initialise_small(module):
-    """EdgeNeXt's own start, 0.02: a norm follows each layer, so small weights mean larger relative steps."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+@torch.no_grad()
+def start_centred(network, *inputs):
+    """A start from nothing, on real inputs: each norm then gives every channel mean 0 and deviation 1 over them.
+
+    Not in the paper, whose encoders start from ImageNet's and CLIP's weights. A norm over channels leaves what
+    all cells share, their brightness above all, and at random weights the later layers see little else: on the
+    synthetic set the toy encoder then learns colours at once and shapes hardly. After Mishkin and Matas, "All
+    you need is a good init", 2016.
+    """
+    def centre(norm, _, output):
+        channels_last = output.movedim(1, -1) if isinstance(norm, ChannelNorm) else output
+        values = channels_last.flatten(0, -2)
+        mean, deviation = values.mean(0), values.std(0) + 1e-3
+        norm.weight /= deviation
+        norm.bias.copy_((norm.bias - mean) / deviation)
+        centred = (channels_last - mean) / deviation
+        return centred.movedim(-1, 1) if isinstance(norm, ChannelNorm) else centred
+
+    hooks = [part.register_forward_hook(centre) for part in network.modules() if isinstance(part, nn.LayerNorm)]
+    network(*inputs)
+    for hook in hooks:
+        hook.remove()
 
 
 def prediction_head(width, classes):
@@ -474,13 +502,15 @@ class EViLM(nn.Module):
         self.mlm_head = prediction_head(c.width, c.vocab_rows)
         self.mvm_head = prediction_head(c.width, c.codes)
         self.apply(initialise)
-        self.video_encoder.apply(initialise_small)
+
+    def start(self, frames):
+        """Sets the video encoder's norms for weights that start from nothing: frames (B, T, 3, H, W)."""
+        start_centred(self.video_encoder, normalise(frames, *IMAGENET).flatten(0, 1))
 
     def encode_video(self, frames):
         """Eq. (1): e^V. (B, T, 3, H, W) in [0, 1] -> (B, N, D), with the sines of time and place."""
         B, T = frames.shape[:2]
-        frames = normalise(frames, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))            # ImageNet's
-        maps = self.video_encoder(frames.flatten(0, 1))                                     # (B*T, C, g, g)
+        maps = self.video_encoder(normalise(frames, *IMAGENET).flatten(0, 1))               # (B*T, C, g, g)
         cells = self.video_proj(maps.permute(0, 2, 3, 1).flatten(1, 2)).reshape(B, -1, self.config.width)
         return cells + space_time_sines(T, maps.shape[-1], self.config.width, frames.device)
 
@@ -709,9 +739,7 @@ class SemanticTokenizer(nn.Module):
     def embed(self, frames):
         """E(X): (B, T, 3, H, W) in [0, 1] -> (B, T, g, g, code_dim)."""
         B, T = frames.shape[:2]
-        frames = normalise(frames, (0.48145466, 0.4578275, 0.40821073),
-                           (0.26862954, 0.26130258, 0.27577711))                            # CLIP's
-        cells = self.proj(self.encoder(frames.flatten(0, 1)))
+        cells = self.proj(self.encoder(normalise(frames, *CLIP).flatten(0, 1)))
         g = math.isqrt(cells.shape[1])
         return cells.view(B, T, g, g, -1)
 
@@ -749,6 +777,118 @@ def words_present(ids, mask, words):
     return present[:, len(SPECIAL):]
 
 
+# ------------------------------------------------------------------------------------------- Downstream heads
+
+
+class Choice(nn.Module):
+    """Question answering and multiple choice (4): a linear head on the pooled h^CLS of video and each text.
+
+    frames (B, T, 3, H, W), ids and mask (B, O, L): O texts a clip -> logits (B, O * outputs). A question has
+    one text and an output an answer; multiple choice has a text an option and one output. Without frames
+    (None) only the texts are seen: the question-only model.
+    """
+
+    def __init__(self, model, outputs):
+        super().__init__()
+        self.model, self.head = model, nn.Linear(model.config.width, outputs)
+        initialise(self.head)
+        if outputs == 1:            # begins where zero-shot scoring ends: the difference of the 2-way logits
+            matched = model.vtm_head.weight.detach()
+            self.head.weight.data.copy_(matched[1:] - matched[:1])
+
+    def forward(self, frames, ids, mask):
+        B, O, _ = ids.shape
+        ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)
+        video = None if frames is None else self.model.encode_video(frames).repeat_interleave(O, 0)
+        h_cls = self.model.fuse(video, self.model.encode_text(ids, mask), mask)[0]
+        return self.head(self.model.pooler(h_cls)).view(B, -1)
+
+
+class FastRetrieval(nn.Module):
+    """Fast retrieval (4.4): text alone and video alone go through the decoder, and their pooled h^CLS are
+    compared by cosine. -> unit vectors (B, D) of frames (B, T, 3, H, W) and of ids, mask (B, L)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))     # 1 / temperature, CLIP's start
+
+    def embed_video(self, frames):
+        h_cls = self.model.fuse(self.model.encode_video(frames), None, None)[0]
+        return F.normalize(self.model.pooler(h_cls).float(), dim=-1)
+
+    def embed_text(self, ids, mask):
+        h_cls = self.model.fuse(None, self.model.encode_text(ids, mask), mask)[0]
+        return F.normalize(self.model.pooler(h_cls).float(), dim=-1)
+
+    def forward(self, frames, ids, mask):
+        return self.embed_video(frames), self.embed_text(ids, mask), self.log_scale.exp().clamp(max=100)
+
+
+def contrastive_loss(video, text, scale, names):
+    """Fast retrieval's loss: each text is to find its video in the batch, and each video its text.
+
+    video, text (B, D) unit vectors, names (B,) numbers of the videos: another caption of the same video is
+    neither right nor wrong.
+    """
+    logits = scale * text @ video.t()                                                       # (B, B)
+    same = (names[:, None] == names) & ~torch.eye(len(names), dtype=torch.bool, device=names.device)
+    logits, truth = logits.masked_fill(same, -math.inf), torch.arange(len(names), device=names.device)
+    return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.t(), truth)) / 2
+
+
+@torch.no_grad()
+def nearest(queries, vectors, k, chunk=65536):
+    """The k vectors of largest cosine for each query, exactly: (Q, D), (V, D) -> scores, numbers (Q, k).
+
+    `vectors` may be a NumPy memory map: only `chunk` of them are looked at at a time.
+    """
+    best, numbers = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+    for start in range(0, len(vectors), chunk):
+        scores = queries @ torch.as_tensor(vectors[start:start + chunk]).t()
+        found = torch.arange(start, start + scores.shape[1]).expand_as(scores)
+        best, order = torch.cat([best, scores], 1).topk(min(k, best.shape[1] + scores.shape[1]))
+        numbers = torch.cat([numbers, found], 1).gather(1, order)
+    return best, numbers
+
+
+@torch.no_grad()
+def ranks_by_cosine(queries, vectors, truth, chunk=65536):
+    """`rank_of_truth` without the (Q, V) matrix: queries (Q, D), vectors (V, D), truth (Q,) -> ranks (Q,).
+
+    Scores that differ by no more than rounding are ties, and count against the query.
+    """
+    right = (queries * torch.as_tensor(vectors[truth.numpy()])).sum(1, keepdim=True)
+    ranks = torch.ones(len(queries), dtype=torch.long)
+    for start in range(0, len(vectors), chunk):
+        scores = queries @ torch.as_tensor(vectors[start:start + chunk]).t()
+        others = torch.arange(start, start + scores.shape[1]) != truth[:, None]
+        ranks += ((scores >= right - 1e-6) & others).sum(1)
+    return ranks
+
+
+class LinearProbe(nn.Module):
+    """Activity recognition (4): a linear classifier on the features of the frozen model, which sees video alone.
+
+    The features of a clip are its h^V, averaged over each frame's cells: (B, T, 3, H, W) -> (B, T * D).
+    """
+
+    def __init__(self, model, classes):
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.norm = nn.BatchNorm1d(model.config.frames * model.config.width, affine=False)
+        self.classifier = nn.Linear(model.config.frames * model.config.width, classes)
+
+    @torch.no_grad()
+    def features(self, frames):
+        self.model.eval()
+        h_video = self.model.fuse(self.model.encode_video(frames), None, None)[2]           # (B, N, D)
+        return h_video.unflatten(1, (frames.shape[1], -1)).mean(2).flatten(1)
+
+    def forward(self, features):
+        return self.classifier(self.norm(features))
+
+
 # --------------------------------------------------------------------------------------------------- Training
 # What the scripts share: flags, device, precision, processes, schedule, steps, checkpoints, the log.
 
@@ -762,11 +902,14 @@ class NotFinite(InputError):
 
 
 def common_flags(description, stage):
-    """The flags that all scripts share; `stage` is the prefix of preset settings ("" or "tokenizer_")."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+    """The flags that all scripts share; `stage` is the prefix of preset settings ("" or "tokenizer_"), or None
+    where they depend on the task."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=stage is not None,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def preset(name):
+        if stage is None:
+            return "default: the task's and the preset's, in SETTINGS of finetune.py"
         toy, paper = (getattr(config, stage + name) for config in (Config.toy(), Config.paper()))
         return f"default: the preset's, {toy:g} in toy, {paper:g} in paper"
 
@@ -796,6 +939,8 @@ def common_flags(description, stage):
     add("--resume", action="store_true", help="go on from OUT/last.pt, to the same weights as an unbroken "
         "run")
     add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
+    add("--config", metavar="NAME=VALUE", action="append", default=[], help="change any field of Config, such as "
+        "mask_ratio=0.5 or dims=8,16,32,64, for an experiment; may be given several times")
     add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions "
         "are kept (default: a vocabulary is made from the training captions)")
     return parser
@@ -815,9 +960,24 @@ def preset_named(name):
     return presets[name]()
 
 
+def changed(config, changes):
+    """The Config with some fields changed: a list of "NAME=VALUE", each read as the field's own kind."""
+    for change in changes:
+        name, _, text = change.partition("=")
+        if name not in asdict(config) or name == "preset":
+            raise InputError(f"--config {change}: Config has no field {name!r}; evilm.py lists them")
+        kind = type(getattr(config, name))
+        readers = {tuple: lambda: tuple(map(int, text.split(","))), bool: lambda: ("False", "True").index(text)}
+        try:
+            config = replace(config, **{name: kind(readers.get(kind, lambda: kind(text))())})
+        except ValueError:
+            raise InputError(f"--config {change}: give {name} like {getattr(config, name)!r}") from None
+    return config
+
+
 def configure(args, stage=""):
     """The preset's Config with what the flags change; the flags left out are filled from it."""
-    config = preset_named(args.preset)
+    config = changed(preset_named(args.preset), args.config)
     for name in ("epochs", "batch_size", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(config, stage + name))
@@ -1069,7 +1229,7 @@ class Run:
         for name in ("config", "vocab"):
             if checkpoint[name] != self.constant[name]:
                 raise InputError(f"{path} was trained with another "
-                                 f"{'preset' if name == 'config' else 'vocabulary'}: "
+                                 f"{'preset or --config' if name == 'config' else 'vocabulary'}: "
                                  "resume with the flags it began with, or choose another --out")
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1106,6 +1266,8 @@ class Run:
                     self.save_last()
                     machine.say(f"stopped at step {self.step:,}, saved; --resume goes on from there")
                     raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # what follows is made again by --resume
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.check_finite()
 
     def set_learning_rate(self, peak, warmup):

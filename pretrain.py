@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, common
                    load, make_optimizer, mask_frames, mask_words, mlm_loss, mvm_loss, prefetch, rank_of_truth,
                    run_script, save, set_up, vtm_loss)
 from toy_data import Batches, BrokenClip, ClipCaptions, DataError, open_splits, pictures, read_clip, spans
-from train_tokenizer import evaluation_loader, make_loader, make_vocabulary, open_clips, pad, scale
+from train_tokenizer import captions_of, evaluation_loader, make_loader, make_vocabulary, open_clips, pad, scale
 
 LOSSES = {"vtm": vtm_loss, "mlm": mlm_loss, "mvm": mvm_loss}
 FUNCTION_WORDS = set("a an the is are there that and then while on at in of to with it".split())
@@ -136,11 +137,13 @@ def open_tokenizer(args, config, wordpiece, machine):
                  "--out", str(path.parent)]
         flags += (["--max-steps", str(args.max_steps)] * bool(args.max_steps)
                   + ["--vocab", args.vocab] * bool(args.vocab))
+        flags += [flag for change in args.config for flag in ("--config", change)]
         flags += ["--compile"] * args.compile + ["--strict"] * args.strict
         flags += ["--resume"] * (path.parent / "last.pt").exists()
         train_tokenizer.train(train_tokenizer.parse(flags), machine)
     checkpoint = load(path, "tokenizer")
     for what, theirs, ours in (("preset", checkpoint["config"]["preset"], config.preset),
+                               ("frame size", checkpoint["config"]["size"], config.size),
                                ("vocabulary", checkpoint["vocab"], wordpiece.vocab)):
         if theirs != ours:
             raise InputError(f"--tokenizer {path} was trained with another {what}: train one for this run "
@@ -341,7 +344,7 @@ def score_retrieval(model, manifest, wordpiece, machine, most=1000):
     rows.
     """
     model.eval()
-    rows = [manifest[i] for i in range(min(len(manifest), most))]
+    rows = [manifest[i] for i in range(len(manifest))[:most]]
     videos = {row["video"]: row for row in rows}
     frames, videos = read_videos(manifest, videos.values(), model.config)
     names = [row["video"] for row in videos]
@@ -372,7 +375,8 @@ def score_choices(model, manifest, wordpiece, machine, most=1000):
     -> {"mc": accuracy, "mc_unseen", and "mc_NAME" for each attribute NAME that the options differ in}.
     """
     model.eval()
-    frames, rows = read_videos(manifest, [manifest[i] for i in range(min(len(manifest), most))], model.config)
+    frames, rows = read_videos(manifest, [manifest[i] for i in range(len(manifest))[:most]],
+                               model.config)
     right, asked = Counter(), Counter()
     for video, row in zip(encode_videos(model, frames, machine), rows):
         text, mask = encode_captions(model, row["options"], wordpiece, machine)
@@ -424,7 +428,8 @@ def draw_masked(model, loader, labels, machine, path, clips=6):
                     path, "Masked video modeling: predicted codes of masked cells")
 
 
-def draw_retrieval(scores, ranks, frames, names, rows, path, queries=8, shown=5):
+def draw_retrieval(scores, ranks, frames, names, rows, path, queries=8, shown=5,
+                   title="Zero-shot text-to-video retrieval, joint scoring"):
     """Queries over the range of ranks, each with the clips that fit it best."""
     entries = []
     for q in ranks.argsort()[torch.linspace(0, len(ranks) - 1, min(queries, len(ranks))).long()].tolist():
@@ -432,7 +437,7 @@ def draw_retrieval(scores, ranks, frames, names, rows, path, queries=8, shown=5)
                   names[v] == rows[q]["video"], "")
                  for v in scores[q].argsort(descending=True)[:shown].tolist()]
         entries.append({"caption": rows[q]["caption"], "rank": int(ranks[q]), "found": found})
-    pictures.retrieval(entries, path, "Zero-shot text-to-video retrieval, joint scoring")
+    pictures.retrieval(entries, path, title)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -442,12 +447,15 @@ def train(args, machine):
     """Pretrains as the flags say, from nothing or from where it was; evaluates best.pt on the test split."""
     config = configure(args)
     splits = open_clips(args, machine)
-    wordpiece, config = make_vocabulary(args, config, splits["train"], machine)
+    wordpiece, config = make_vocabulary(args, config, captions_of(splits["train"]), machine)
     tokenizer, folder = open_tokenizer(args, config, wordpiece, machine)
+    if tokenizer is not None:
+        config = replace(config, codes=tokenizer.config.codes)
     clips = ClipCaptions(splits["train"], config.frames, config.size, args.seed, train=True,
                          strict=args.strict, augment=config.augment)
     torch.manual_seed(args.seed)
     model = EViLM(config).to(machine.device)
+    start_from_nothing(model, splits["train"], args, machine)
     for name in set(LOSSES) - set(args.objectives):             # a head without a loss gets no gradient
         getattr(model, f"{name}_head").requires_grad_(False)
     model.pooler.requires_grad_("vtm" in args.objectives)
@@ -503,6 +511,14 @@ def train(args, machine):
     run.say_speed()
     if machine.main:
         finish(model, run, splits, online, collate, args, machine.alone())
+
+
+def start_from_nothing(model, manifest, args, machine, clips=64):
+    """`EViLM.start` on the first training clips, the same on all processes."""
+    if not args.resume:
+        frames, _ = read_videos(manifest, [manifest[i] for i in range(len(manifest))[:clips]], model.config)
+        if len(frames):
+            model.start(scale(frames.to(machine.device)))
 
 
 def label_source(online, folder, manifest, config, args, machine):

@@ -57,17 +57,20 @@ def open_clips(args, machine):
     return splits
 
 
-def make_vocabulary(args, config, manifest, machine):
-    """WordPiece for the training captions, and the Config with the number of words in use."""
-    captions = (row["caption"] for row in manifest)
+def captions_of(manifest):
+    return (row["caption"] for row in manifest)
+
+
+def make_vocabulary(args, config, texts, machine):
+    """WordPiece for the training texts, and the Config with the number of words in use."""
     if args.vocab:
         try:
             whole = WordPiece(Path(args.vocab).read_text(encoding="utf-8").split("\n"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--vocab {args.vocab}: cannot be read ({error})") from None
-        wordpiece = whole.keep_frequent(captions, min(1.0, config.vocab_rows / len(whole)))
+        wordpiece = whole.keep_frequent(texts, min(1.0, config.vocab_rows / len(whole)))
     else:
-        wordpiece = WordPiece.from_captions(captions, config.vocab_rows)
+        wordpiece = WordPiece.from_captions(texts, config.vocab_rows)
     machine.say(f"vocabulary: {len(wordpiece):,} words, {len(SPECIAL)} of them special tokens")
     return wordpiece, replace(config, words=len(wordpiece))
 
@@ -99,11 +102,11 @@ def make_loader(clips, batches, collate, args, machine):
                       pin_memory=machine.device.type == "cuda", prefetch_factor=4 if args.workers else None)
 
 
-def evaluation_loader(manifest, collate, config, args, machine, batch_size=50):
-    """A split's first clips in order, once, with the middle frames: the same samples every time."""
+def evaluation_loader(manifest, collate, config, args, machine, most=MOST_EVALUATED, batch_size=50):
+    """A split's first clips, or all, in order, once, with the middle frames: the same samples every time."""
     clips = ClipCaptions(manifest, config.frames, config.size, args.seed, train=False, strict=args.strict,
                          mismatched=collate.mismatched)
-    keys = [(0, i) for i in range(min(len(clips), MOST_EVALUATED))][machine.rank::machine.world]
+    keys = [(0, i) for i in range(len(clips))[:most]][machine.rank::machine.world]
     return make_loader(clips, [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)], collate,
                        args, machine)
 
@@ -178,7 +181,7 @@ def train(args, machine):
     config = replace(config, word_weight=config.word_weight if args.word_weight is None else args.word_weight,
                      tokenizer_warm=config.tokenizer_warm if args.warm is None else args.warm)
     splits = open_clips(args, machine)
-    wordpiece, config = make_vocabulary(args, config, splits["train"], machine)
+    wordpiece, config = make_vocabulary(args, config, captions_of(splits["train"]), machine)
     clips = ClipCaptions(splits["train"], config.frames, config.size, args.seed, train=True,
                          strict=args.strict, augment=config.augment, mismatched=False)
     torch.manual_seed(args.seed)

@@ -310,3 +310,26 @@ def retrieval(queries, path, title=""):
             blocks.append(grid([clip, *texts], 1, gap_below=2))
         blocks += [Image.new("RGB", (1, 1), PAPER)] * (columns - len(query["found"]))
     save(path, title, blocks, 1 + columns, gap=20, gap_below=36)
+
+
+def confusion(counts, labels, path, title=""):
+    """counts (n, n) of clips, rows the true label, columns what each was taken for. A square is the darker,
+    the larger its share of the row; the right ones are green."""
+    side, face = 88, font(SMALL)
+    width = round(max(face.getlength(drawable(label)) for label in labels)) + 2 * GAP
+    image = Image.new("RGB", (width + side * len(labels), side * len(labels) + width), PAPER)
+    draw = ImageDraw.Draw(image)
+    for i, label in enumerate(labels):
+        draw.text((width - GAP, side * (i + 0.5)), drawable(label), INK, face, anchor="rm")
+        below = Image.new("RGB", (width, side), PAPER)      # written along the row, then turned
+        ImageDraw.Draw(below).text((width - GAP, side / 2), drawable(label), INK, face, anchor="rm")
+        image.paste(below.rotate(90, expand=True), (width + side * i, side * len(labels)))
+        for j, count in enumerate(counts[i]):
+            share = count / max(1, counts[i].sum())
+            tone = Image.blend(Image.new("RGB", (1, 1), PAPER), Image.new("RGB", (1, 1), RIGHT if i == j else WRONG),
+                               float(share)).getpixel((0, 0))
+            box = (width + side * j, side * i, width + side * (j + 1) - 3, side * (i + 1) - 3)
+            draw.rectangle(box, fill=tone)
+            if count:
+                draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), str(count), INK, face, anchor="mm")
+    save(path, title, [image])

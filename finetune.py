@@ -1,0 +1,693 @@
+"""Stage 3: every downstream task of section 4, from a pretrained E-ViLM.
+
+    python finetune.py qa                               open-ended video question answering
+    python finetune.py mc --set caption                 multiple choice: caption, action or transition
+    python finetune.py retrieval                        text-to-video, fast (4.4); --scoring joint: by the 2-way head
+    python finetune.py probe                            activity recognition by a linear probe
+    python finetune.py search "a red circle moves left" --videos DIR
+    python finetune.py ask CLIP "what colour is the circle?"
+
+A task trains on the files of --data and scores its best epoch on the test split; `finetune.py TASK --help`
+tells its flags. It leaves in --out (runs/TASK): last.pt, best.pt, metrics.jsonl, curves.png and a picture of
+what it answered or found.
+"""
+import argparse
+import hashlib
+import math
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import pretrain
+import toy_data
+from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Run, WordPiece, common_flags,
+                   config_of, configure, contrastive_loss, load, make_optimizer, nearest, prefetch,
+                   ranks_by_cosine, run_script, set_up, vtm_loss)
+from pretrain import percent, read_videos, score_choices, score_retrieval
+from toy_data import Batches, BrokenClip, ClipCaptions, DataError, pictures, read_clip, spans
+from train_tokenizer import SYNTHETIC, evaluation_loader, make_loader, make_vocabulary, pad, scale
+
+# Epochs, learning rate and clips a step of each task. The paper gives retrieval's alone (4.4): "task-specific
+# learning rates/epochs" (4.1).
+SETTINGS = {
+    "toy": {"qa": (5, 1e-3, 32), "mc": (20, 1e-3, 16), "retrieval": (12, 1e-3, 64), "probe": (60, 3e-3, 128)},
+    "paper": {"qa": (10, 5e-5, 64), "mc": (20, 5e-5, 32), "retrieval": (200, 3e-4, 128),
+              "probe": (100, 1e-3, 1024)},
+}
+VIDEO_SUFFIXES = {".gif", ".webp", ".apng", ".npy", ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg"}
+PICTURED = 12           # clips on a sheet of answers
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    tasks = {name: add_task(commands, name) for name in SETTINGS["toy"]}
+    for name in ("qa", "mc"):
+        tasks[name].add_argument("--see", default="both", choices=["both", "text"], help="text: a model that "
+                                 "never sees the video, to compare with (default: both)")
+    tasks["mc"].add_argument("--set", default="caption", metavar="NAME", help="which mc_NAME_train.jsonl: "
+                             "caption, action or transition (default: caption)")
+    tasks["retrieval"].add_argument("--scoring", default="fast", choices=["fast", "joint"], help="fast: two "
+                                    "vectors and their cosine (4.4); joint: the 2-way head on every pair "
+                                    "(default: fast)")
+    for name in ("mc", "retrieval"):
+        tasks[name].add_argument("--zero-shot", action="store_true", help="score --init as it is, without "
+                                 "training")
+    search = add_use(commands, "search", "retrieval", "rank a folder's clips for a sentence")
+    search.add_argument("sentence")
+    search.add_argument("--videos", required=True, metavar="DIR", help="clips, also in folders inside")
+    search.add_argument("--out", default="search.png", metavar="FILE", help="the picture (default: search.png)")
+    ask = add_use(commands, "ask", "qa", "the likeliest answers to a question about a clip")
+    ask.add_argument("video")
+    ask.add_argument("question")
+    args = parser.parse_args(argv)
+    if args.task in SETTINGS["toy"] and args.out is None:
+        args.out = (f"runs/{args.task}" + (f"-{args.set}" if args.task == "mc" else "")
+                    + "-zero-shot" * getattr(args, "zero_shot", False))
+    return args
+
+
+def add_task(commands, name):
+    flags = common_flags(None, stage=None)
+    task = commands.add_parser(name, parents=[flags], allow_abbrev=False, help=TASKS_HELP[name])
+    task.add_argument("--init", default="runs/pretrain/best.pt", metavar="PATH|none", help="a checkpoint or run "
+                      "of pretrain.py; none: from nothing, Table 5's first row (default: runs/pretrain/best.pt)")
+    task.add_argument("--out", metavar="DIR", help=f"the run's folder (default: runs/{name}"
+                      + "-SET)" * (name == "mc") + ")" * (name != "mc"))
+    return task
+
+
+TASKS_HELP = {"qa": "open-ended question answering", "mc": "multiple choice", "probe": "linear probe",
+              "retrieval": "text-to-video retrieval"}
+
+
+def add_use(commands, name, task, what):
+    use = commands.add_parser(name, allow_abbrev=False, help=what, description=what)
+    use.add_argument("--init", default=f"runs/{task}/best.pt", metavar="PATH", help="a checkpoint of "
+                     f"finetune.py {task} (default: runs/{task}/best.pt)")
+    use.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
+    use.add_argument("--top", type=int, default=5, help="how many (default: 5)")
+    return use
+
+
+# ------------------------------------------------------------------------------------------ where it begins
+
+
+def open_task(args, files, machine):
+    """The manifests {"train", "val", "test"} of a task's files in --data."""
+    if args.data == SYNTHETIC:
+        machine.first(lambda: Path(SYNTHETIC).exists() or toy_data.render(SYNTHETIC))
+    machine.first(lambda: toy_data.open_splits(args.data, files))       # writes the index that others then map
+    splits, notes = toy_data.open_splits(args.data, files)
+    for note in notes:
+        machine.say(note)
+    return splits
+
+
+def begin(args, texts, manifest, machine):
+    """The pretrained model that --init names, or a new one, and its WordPiece.
+
+    Words of `texts` that a pretrained vocabulary cannot spell ("what", "colour") take rows of the embedding
+    that no word used.
+    """
+    config = configure(args)
+    if args.init == "none":
+        wordpiece, config = make_vocabulary(args, config, texts, machine)
+        torch.manual_seed(args.seed)
+        model = EViLM(config).to(machine.device)
+        pretrain.start_from_nothing(model, manifest, args, machine)
+        return model, wordpiece
+    path = Path(args.init)
+    path = path if path.suffix == ".pt" else path / "best.pt"
+    if not path.exists():
+        raise InputError(f"--init {path}: there is no such checkpoint; python pretrain.py makes one, and "
+                         "--init none begins from nothing")
+    checkpoint = load(path, "pretrain")
+    if args.config:
+        raise InputError(f"--config {args.config[0]}: --init {path} brings its own Config; change it in pretraining")
+    if checkpoint["config"]["preset"] != args.preset:
+        raise InputError(f"--init {path} is of the {checkpoint['config']['preset']} preset, not of "
+                         f"{args.preset}: name that one with --preset")
+    config = config_of(checkpoint)
+    wordpiece = WordPiece(checkpoint["vocab"]).add_words(texts, config.vocab_rows)
+    model = EViLM(replace(config, words=len(wordpiece)))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(machine.device), wordpiece
+
+
+def encode_question(wordpiece, question, option, width):
+    """[CLS] question option [SEP], at most `width` ids; of what is too long the question loses its end."""
+    end = wordpiece.encode(option, width)[1:]
+    return wordpiece.encode(question, width - len(end) + 1)[:-1] + end
+
+
+# ---------------------------------------------------------------------------------------- questions and options
+
+
+class Choices:
+    """What open-ended questions and multiple choice share: a video with O texts, of whose logits one is right.
+
+    Called with samples it makes their batch: frames (B, T, 3, H, W), ids and mask (B, O, L), targets (B,).
+    """
+    score, mismatched, decide = "top1", False, ("see",)
+
+    def texts(self, row):
+        """(question, option) of each of a row's O texts."""
+        raise NotImplementedError
+
+    def __call__(self, samples):
+        width, texts = self.config.max_words, [self.texts(s["row"]) for s in samples]
+        ids, mask = pad([encode_question(self.wordpiece, *text, width) for row in texts for text in row], width)
+        return {"frames": torch.stack([s["frames"] for s in samples]),
+                "ids": ids.view(len(texts), -1, width), "mask": mask.view(len(texts), -1, width),
+                "targets": torch.tensor([self.target(s["row"]) for s in samples]),
+                "rows": [s["row"] for s in samples], "broken": [line for s in samples for line in s["broken"]]}
+
+    def logits(self, model, batch):
+        frames = scale(batch["frames"]) if self.see == "both" else None
+        return model(frames, batch["ids"], batch["mask"])
+
+    def loss(self, model, batch):
+        return F.cross_entropy(self.logits(model, batch).float(), batch["targets"])
+
+    @torch.no_grad()
+    def evaluate(self, model, split, args, machine):
+        """-> {"top1", and "top1_KIND" of each kind of question}"""
+        right, asked = Counter(), Counter()
+        loader = evaluation_loader(self.splits[split], self, self.config, args, machine, most=None)
+        for batch, _ in prefetch(loader, machine.device):
+            with machine.autocast():
+                chosen = most_likely(self.logits(model, batch).float())
+            for row, hit in zip(batch["rows"], (chosen == batch["targets"]).tolist()):
+                for name in {"top1", f"top1_{self.kind(row)}"}:
+                    right[name] += hit
+                    asked[name] += 1
+        return shares(right, asked, machine)
+
+    @torch.no_grad()
+    def draw(self, model, args, machine, folder):
+        """A sheet of clips with question, prediction and answer."""
+        loader = evaluation_loader(self.splits["test"], self, self.config, args, machine)
+        batch = next(prefetch(loader, machine.device))[0]
+        chosen, entries = most_likely(self.logits(model, batch).float()).tolist(), []
+        for i in range(0, len(chosen), -(-len(chosen) // PICTURED)):
+            row, told, truth = batch["rows"][i], self.answer(batch["rows"][i], chosen[i]), batch["targets"][i]
+            verdict = ("right: " if chosen[i] == truth else "wrong: ") + told
+            if chosen[i] != truth:
+                verdict += f", not {row['answer'] if truth < 0 else self.answer(row, int(truth))}"
+            entries.append((batch["frames"][i].permute(0, 2, 3, 1).cpu().numpy(),
+                            " ".join(filter(None, [row.get("question"), verdict]))))
+        pictures.contact_sheet(entries, folder / "answers.png", f"{self.title}: predictions on test")
+
+
+class Questions(Choices):
+    """Open-ended QA over the training split's answers; any other answer of a test question counts as wrong."""
+    files, title = "qa", "Open-ended question answering"
+
+    def __init__(self, args, splits):
+        self.see, kinds = args.see, defaultdict(Counter)
+        for row in splits["train"]:
+            kinds[self.kind(row)][row["answer"]] += 1
+        self.answers = [answer for answer, _ in sum(kinds.values(), Counter()).most_common()]
+        self.number = {answer: i for i, answer in enumerate(self.answers)}
+        for name in ("val", "test"):
+            if not any(row["answer"] in self.number for row in splits[name]):
+                raise DataError(f"{splits[name].path}: none of its answers occurs in {splits['train'].path}; "
+                                "are the two of one set?")
+        usual = {kind: answers.most_common(1)[0][0] for kind, answers in kinds.items()}
+        hits = [usual.get(self.kind(row)) == row["answer"] for row in splits["test"]]
+        self.chance = {"the majority answer of each kind of question": sum(hits) / len(hits)}
+        self.training_texts = [row["question"] for row in splits["train"]]
+
+    def kind(self, row):
+        """The kind of question: as the row says, else its first word, as the sets' own papers count."""
+        return row.get("kind") or row["question"].split()[0].lower()
+
+    def texts(self, row):
+        return [(row["question"], "")]
+
+    def target(self, row):
+        return self.number.get(row["answer"], -1)
+
+    def answer(self, row, i):
+        return self.answers[i] if i >= 0 else "nothing"
+
+    def head(self, model):
+        return Choice(model, len(self.answers))
+
+
+class Options(Choices):
+    """Multiple choice among five options, each read after the question, if there is one."""
+    answers, chance = (), {"chance": 0.2}
+
+    def __init__(self, args, splits):
+        self.see, self.title = args.see, f"Multiple choice, {args.set}"
+        for manifest in splits.values():
+            for i, row in enumerate(manifest):
+                if len(row["options"]) != 5:
+                    raise DataError(f"{manifest.path}:{manifest.line(i)}: has {len(row['options'])} options, "
+                                    "where five are wanted")
+        self.training_texts = [text for row in splits["train"] for text in (row["question"], *row["options"])]
+
+    def kind(self, row):
+        return "+".join(row.get("changed", ["all"]))
+
+    def texts(self, row):
+        return [(row["question"], option) for option in row["options"]]
+
+    def target(self, row):
+        return row["answer"]
+
+    def answer(self, row, i):
+        return row["options"][i] if i >= 0 else "none"
+
+    def head(self, model):
+        return Choice(model, 1)
+
+
+def encode_question(wordpiece, question, option, width):
+    """[CLS] question option [SEP], at most `width` ids; of what is too long the question loses its end."""
+    end = wordpiece.encode(option, width)[1:]
+    return wordpiece.encode(question, width - len(end) + 1)[:-1] + end
+
+
+def most_likely(logits):
+    """The place of the largest logit, (B, n) -> (B,); -2, which is never right, where two are the largest."""
+    best, place = logits.max(1)
+    return place.masked_fill((logits == best[:, None]).sum(1) > 1, -2)
+
+
+def shares(right, asked, machine):
+    """right / asked under each name, added up over all processes."""
+    names = [sorted(asked)]
+    if machine.world > 1:
+        names = [None] * machine.world
+        dist.all_gather_object(names, sorted(asked))
+    names = sorted({name for found in names for name in found})
+    counts = machine.total([float(found[name]) for found in (right, asked) for name in names]).view(2, -1)
+    return dict(zip(names, (counts[0] / counts[1]).tolist()))
+
+
+# ---------------------------------------------------------------------------------------------------- retrieval
+
+
+class Retrieval:
+    """Text-to-video retrieval: every caption is a query, every video is ranked once, however many name it.
+
+    Called with samples it makes their batch: frames, the captions' ids and mask (B, L), `names` (B,) numbers of
+    the videos; for joint scoring also a wrong caption of each, `other_ids` and `other_mask`.
+    """
+    score, files, answers, title, decide = "r1", "", (), "Text-to-video retrieval", ("scoring",)
+
+    def __init__(self, args, splits):
+        self.mismatched = args.scoring == "joint"
+        self.videos, clips = splits["train"].videos, len(np.unique(splits["test"].videos))
+        self.chance = {"chance": 1 / clips}
+        self.training_texts = [row["caption"] for row in splits["train"]]
+
+    def __call__(self, samples):
+        def encode(name):
+            width = self.config.max_words
+            return pad([self.wordpiece.encode(s[name], width) for s in samples], width)
+
+        ids, mask = encode("caption")
+        batch = {"frames": torch.stack([s["frames"] for s in samples]), "ids": ids, "mask": mask,
+                 "names": torch.tensor([int(self.videos[s["index"]]) for s in samples]),
+                 "broken": [line for s in samples for line in s["broken"]]}
+        if self.mismatched:
+            batch["other_ids"], batch["other_mask"] = encode("mismatched")
+        return batch
+
+    def head(self, model):
+        return model if self.mismatched else FastRetrieval(model)
+
+    def loss(self, model, batch):
+        frames = scale(batch["frames"])
+        if self.mismatched:
+            logits, _, _ = model(frames, batch["ids"], batch["mask"],
+                                 mismatched=(batch["other_ids"], batch["other_mask"]))
+            return vtm_loss(logits, torch.arange(len(logits), device=logits.device).lt(len(frames)).long())
+        video, text, sharpness = model(frames, batch["ids"], batch["mask"])
+        return contrastive_loss(*map(from_all, (video, text)), sharpness, from_all(batch["names"]))
+
+    def evaluate(self, model, split, args, machine):
+        """-> {"r1", "r5", "r10", "median_rank"}; joint scoring takes the first 100 captions of val."""
+        manifest = self.splits[split]
+        if self.mismatched:
+            most = 100 if split == "val" else len(manifest)
+            found, *self.drawn = score_retrieval(model, manifest, self.wordpiece, machine, most)
+        else:
+            found, *self.drawn = score_fast_retrieval(model, manifest, self.wordpiece, machine)
+        return found
+
+    def draw(self, model, args, machine, folder):
+        pretrain.draw_retrieval(*self.drawn, folder / "retrieval.png", title=f"{self.title} on test")
+
+
+def from_all(values):
+    """The rows of all processes' tensors: contrast needs the whole batch. Gradient flows back to each."""
+    if not dist.is_initialized():
+        return values
+    return torch.cat(dist_functional.all_gather(values))
+
+
+@torch.no_grad()
+def embed_captions(model, captions, wordpiece, machine):
+    """-> unit vectors (n, D), on the CPU"""
+    width, vectors = model.model.config.max_words, []
+    for start in range(0, len(captions), 500):
+        ids, mask = pad([wordpiece.encode(text, width) for text in captions[start:start + 500]], width)
+        with machine.autocast():
+            vectors.append(model.embed_text(ids.to(machine.device), mask.to(machine.device)).cpu())
+    return torch.cat(vectors)
+
+
+@torch.no_grad()
+def embed_clips(model, frames, machine):
+    """frames uint8 (n, T, 3, H, W) -> unit vectors (n, D), on the CPU"""
+    with machine.autocast():
+        return torch.cat([model.embed_video(scale(part.to(machine.device))).cpu() for part in frames.split(50)])
+
+
+@torch.no_grad()
+def score_fast_retrieval(model, manifest, wordpiece, machine):
+    """Fast retrieval (4.4) -> (scores by name; what draw_retrieval takes): the same as score_retrieval's."""
+    model.eval()
+    rows = list(manifest)
+    frames, videos = read_videos(manifest, {row["video"]: row for row in rows}.values(), model.model.config)
+    place = {row["video"]: i for i, row in enumerate(videos)}
+    rows = [row for row in rows if row["video"] in place]
+    queries = embed_captions(model, [row["caption"] for row in rows], wordpiece, machine)
+    vectors = embed_clips(model, frames, machine)
+    ranks = ranks_by_cosine(queries, vectors, torch.tensor([place[row["video"]] for row in rows]))
+    found = {f"r{k}": percent((ranks <= k).sum(), len(ranks)) for k in (1, 5, 10)}
+    found["median_rank"] = float(ranks.float().quantile(0.5))
+    return found, queries @ vectors.t(), ranks, frames, list(place), rows
+
+
+# -------------------------------------------------------------------------------------------- linear probe
+
+
+class Probe:
+    """Activity recognition by a linear probe: the clips' features, computed once, and a classifier on them."""
+    score, files, training_texts, title, decide = "top1", "action", (), "Linear probe", ()
+
+    def __init__(self, args, splits):
+        counts = Counter(row["label"] for row in splits["train"])
+        self.answers = sorted(counts)
+        self.chance = {"chance": 1 / len(counts)}
+        self.number = {label: i for i, label in enumerate(self.answers)}
+        usual = counts.most_common(1)[0][0]
+        hits = [row["label"] == usual for row in splits["test"]]
+        self.chance["the majority label"] = sum(hits) / len(hits)
+
+    def __call__(self, samples):
+        return {"frames": torch.stack([s["features"] for s in samples]),
+                "targets": torch.tensor([s["target"] for s in samples]), "broken": []}
+
+    def head(self, model):
+        return LinearProbe(model, len(self.answers))
+
+    def compute(self, model, args, machine):
+        """Each split's features and the numbers of its labels; -1 is a label that training does not have."""
+        def collate(samples):
+            return {"frames": torch.stack([s["frames"] for s in samples]),
+                    "targets": torch.tensor([self.number.get(s["row"]["label"], -1) for s in samples])}
+
+        collate.mismatched, self.features = False, {}
+        for split, manifest in self.splits.items():
+            loader = evaluation_loader(manifest, collate, self.config, args, machine.alone(), most=None)
+            found = []
+            for batch, _ in tqdm(prefetch(loader, machine.device), f"features, {split}", len(loader), False):
+                with machine.autocast():
+                    found.append((model.features(scale(batch["frames"])).float(), batch["targets"]))
+            self.features[split] = tuple(torch.cat(part) for part in zip(*found))
+
+    def loss(self, model, batch):
+        return F.cross_entropy(model(batch["frames"]), batch["targets"])
+
+    @torch.no_grad()
+    def evaluate(self, model, split, args, machine):
+        """-> {"top1", and "top1_LABEL" of each label}; keeps the confusion matrix, (truth, chosen)."""
+        features, targets = self.features[split]
+        model.eval()
+        chosen = model(features).argmax(1)
+        self.confusion = torch.zeros(len(self.answers), len(self.answers), dtype=torch.long)
+        known = targets >= 0
+        self.confusion.index_put_((targets[known].cpu(), chosen[known].cpu()), torch.tensor(1), accumulate=True)
+        each = self.confusion.diag() / self.confusion.sum(1).clamp(min=1)
+        return {"top1": float((chosen == targets).float().mean()),
+                **{f"top1_{label}": float(share) for label, share in zip(self.answers, each)}}
+
+    def draw(self, model, args, machine, folder):
+        pictures.confusion(self.confusion.numpy(), self.answers, folder / "confusion.png",
+                           f"{self.title}: what each label was taken for, test")
+
+
+class Features(torch.utils.data.Dataset):
+    """The probe's clips: dataset[(epoch, index)] -> features and target."""
+
+    def __init__(self, features, targets):
+        self.features, self.targets = features.cpu(), targets.cpu()
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, key):
+        return {"features": self.features[key[1]], "target": int(self.targets[key[1]])}
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+TASKS = {"qa": Questions, "mc": Options, "retrieval": Retrieval, "probe": Probe}
+
+
+def train(args, machine):
+    """Fine-tunes as the flags say, from --init or from where it was; scores best.pt on the test split."""
+    for name, value in zip(("epochs", "lr", "batch_size"), SETTINGS.get(args.preset, SETTINGS["toy"])[args.task]):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.task == "retrieval" and args.accumulate > 1:
+        raise InputError("--accumulate: retrieval contrasts each clip with its whole batch, which cannot be cut")
+    files = f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files
+    splits = open_task(args, files, machine)
+    task = TASKS[args.task](args, splits)
+    base, wordpiece = begin(args, task.training_texts, splits["train"], machine)
+    task.splits, task.wordpiece, task.config = splits, wordpiece, base.config
+    torch.manual_seed(args.seed)
+    model = task.head(base).to(machine.device)
+    run = Run(args, args.task, base.config, wordpiece.vocab, ("task", "init", *task.decide), machine)
+    run.constant["answers"] = list(task.answers)
+    optimizer = make_optimizer(model, args.lr, base.config.weight_decay, machine.device)
+    run.start(model, optimizer, args.resume)
+    if getattr(args, "zero_shot", False):
+        return report_zero_shot(task, base, run, args, machine)
+
+    if args.task == "probe":
+        task.compute(model, args, machine)
+        clips = Features(*task.features["train"])
+    else:
+        clips = ClipCaptions(splits["train"], base.config.frames, base.config.size, args.seed, train=True,
+                             strict=args.strict, augment=base.config.augment, mismatched=task.mismatched)
+    epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
+    run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
+    batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank, machine.world)
+    machine.say(f"{task.title}: {len(clips):,} lines, {run.steps:,} steps of {batches.batch_size}, {machine}")
+    wrapped = machine.wrap(model, args.compile)
+    for batch in run.steps_of(make_loader(clips, batches, task, args, machine)):
+        run.set_learning_rate(args.lr, base.config.warmup)
+        model.train()
+        losses = torch.zeros(1, device=machine.device)
+        for part, sync in machine.parts(wrapped, batch, args.accumulate):
+            with sync:
+                with machine.autocast():
+                    loss = task.loss(wrapped, part)
+                # Retrieval's loss is of the whole batch already; the others' parts count as their clips do.
+                share = (1.0 if args.task == "retrieval"
+                         else len(part["frames"]) * machine.world / batches.batch_size)
+                (share * loss).backward()
+            losses += share * loss.detach()
+        run.optimise(losses)
+        if run.step % epoch == 0 or run.step == run.steps:
+            model.eval()
+            scores = task.evaluate(model, "val", args, machine)
+            run.log(split="val", **scores, loss=float(losses))
+            run.save_best(scores[task.score])
+            machine.say(f"step {run.step:,}, val: {task.score} {scores[task.score]:.1%}")
+            run.save_last()
+    run.say_speed()
+    if machine.main:
+        finish(task, model, run, args, machine.alone())
+
+
+def finish(task, model, run, args, machine):
+    """Scores best.pt on the test split, draws the pictures, says what was learned, against chance."""
+    model.load_state_dict(load(run.folder / "best.pt", args.task)["model"])
+    model.eval()
+    scores = task.evaluate(model, "test", args, machine)
+    run.log(split="test", **scores, **{f"against {name}": value for name, value in task.chance.items()})
+    lines = [line for line in run.metrics() if line["split"] == "val"]
+    series = {name: [(line["step"], line[name]) for line in lines] for name in (task.score, "loss")}
+    pictures.curves([(f"{task.score}, val", {task.score: series[task.score]}, task.chance, True),
+                     ("loss, training", {"loss": series["loss"]}, {}, False)], run.folder / "curves.png", task.title)
+    task.draw(model, args, machine, run.folder)
+    report(task, scores, run, "")
+
+
+def report_zero_shot(task, model, run, args, machine):
+    """Scores the pretrained model by its own 2-way head, or by its vectors as they are, without training."""
+    if args.init == "none":
+        raise InputError("--zero-shot scores a pretrained model: --init none has nothing to score")
+    if not machine.main:
+        return
+    model.eval()
+    if args.task == "mc":
+        if args.set != "caption":
+            raise InputError(f"--zero-shot: the 2-way head matches captions, and mc --set {args.set} has questions")
+        found = score_choices(model, task.splits["test"], task.wordpiece, machine, most=None)
+        scores = {name.replace("mc", "top1"): value for name, value in found.items()}
+    else:
+        scorer = task.head(model).to(machine.device)
+        scores = task.evaluate(scorer, "test", args, machine)
+        task.draw(scorer, args, machine, run.folder)
+    run.log(split="test", **scores, **{f"against {name}": value for name, value in task.chance.items()})
+    report(task, scores, run, ", zero-shot")
+
+
+def report(task, scores, run, how):
+    """The lines that say what was learned and what to look at."""
+    print(f"{task.title}, test{how}")
+    for name, value in scores.items():
+        print(f"  {name:<24} " + (f"{value:.1f}" if name == "median_rank" else f"{value:6.1%}"))
+    print("  against " + ", ".join(f"{name} {value:.1%}" for name, value in task.chance.items()))
+    drawn = ", ".join(f"{run.folder}/{path.name}" for path in sorted(run.folder.glob("*.png")))
+    print(f"look at {drawn or run.folder}; all figures: {run.folder}/metrics.jsonl")
+    if run.kind == "retrieval" and not how:
+        print(f'next: python finetune.py search "a red circle moves left" --videos DIR --init {run.folder}')
+    if run.kind == "qa" and not how:
+        print(f'next: python finetune.py ask CLIP "what colour is the circle?" --init {run.folder}')
+
+
+# ------------------------------------------------------------------------------------------------ search and ask
+
+
+def open_trained(args, kind, head):
+    """A fine-tuned model of --init, in evaluation mode, its WordPiece, and the checkpoint."""
+    path = Path(args.init)
+    path = path if path.suffix == ".pt" else path / "best.pt"
+    if not path.exists():
+        raise InputError(f"--init {path}: there is no such checkpoint; python finetune.py {kind} makes it")
+    checkpoint = load(path, kind)
+    model = head(EViLM(config_of(checkpoint)), checkpoint)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), WordPiece(checkpoint["vocab"]), checkpoint
+
+
+def search(args, machine):
+    """Ranks the clips of a folder for a sentence; their vectors are kept there, and only new ones computed."""
+    def head(model, checkpoint):
+        if checkpoint["settings"]["scoring"] != "fast":
+            raise InputError(f"--init {args.init}: was trained for joint scoring; search wants --scoring fast")
+        return FastRetrieval(model)
+
+    model, wordpiece, _ = open_trained(args, "retrieval", head)
+    model.to(machine.device)
+    names, vectors = vectors_of_folder(model, Path(args.videos), machine)
+    query = embed_captions(model, [args.sentence], wordpiece, machine)
+    scores, places = nearest(query, vectors, min(args.top, len(names)))
+    found = []
+    for score, place in zip(scores[0].tolist(), places[0].tolist()):
+        clip = Path(args.videos) / names[place]
+        print(f"{score:6.3f}  {clip}")
+        frames, _ = read_clip(clip, lambda count: spans(count, model.model.config.frames), 192)
+        found.append((frames, f"{score:.2f}  {names[place]}"))
+    pictures.contact_sheet(found, args.out, args.sentence)
+    print(f"look at {args.out}")
+
+
+def vectors_of_folder(model, folder, machine):
+    """The names of a folder's clips and their vectors (n, D). Kept in the folder, under a name that follows
+    from the weights; a clip is known by its name, size and time of change."""
+    clips = find_clips(folder)
+    digest = hashlib.sha1()
+    for weight in model.state_dict().values():
+        digest.update(weight.cpu().numpy().tobytes())
+    path = folder / f".vectors-{digest.hexdigest()[:12]}.npz"
+    known = {}
+    if path.exists():
+        with np.load(path, allow_pickle=False) as kept:
+            known = dict(zip(kept["clips"].tolist(), kept["vectors"]))
+    config, names, vectors = model.model.config, [], []
+    for name, key in tqdm(clips.items(), "vectors", unit="clip", leave=False):
+        if key not in known:
+            try:
+                frames, _ = read_clip(folder / name, lambda count: spans(count, config.frames), config.size)
+            except BrokenClip as error:
+                tqdm.write(f"broken clip, left out: {error}")
+                continue
+            known[key] = embed_clips(model, torch.from_numpy(frames).permute(0, 3, 1, 2)[None], machine)[0].numpy()
+        names.append(name)
+        vectors.append(known[key])
+    if not names:
+        raise DataError(f"--videos {folder}: none of its clips can be read")
+    try:
+        with open(path.with_suffix(".part"), "wb") as file:
+            np.savez(file, clips=np.array([clips[name] for name in names]), vectors=np.stack(vectors))
+        path.with_suffix(".part").replace(path)
+    except OSError as error:
+        tqdm.write(f"{path}: vectors are not kept ({error.strerror})")
+    return names, np.stack(vectors)
+
+
+def find_clips(folder):
+    """{name: what tells this version of the clip from others} of all clips in a folder and those inside it."""
+    if not folder.is_dir():
+        raise InputError(f"--videos {folder}: there is no such folder")
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        images = path.is_dir() and any(p.suffix.lower() in (".jpg", ".jpeg", ".png") for p in path.iterdir())
+        if images or path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
+            state, name = path.stat(), str(path.relative_to(folder))
+            found[name] = f"{name} {state.st_size} {state.st_mtime_ns}"
+    if not found:
+        raise DataError(f"--videos {folder}: has no clips ({' '.join(sorted(VIDEO_SUFFIXES))}, or folders of images)")
+    return found
+
+
+@torch.no_grad()
+def ask(args, machine):
+    """The likeliest answers to a question about a clip, with their probabilities."""
+    model, wordpiece, checkpoint = open_trained(
+        args, "qa", lambda model, checkpoint: Choice(model, len(checkpoint["answers"])))
+    model.to(machine.device)
+    config = model.model.config
+    try:
+        frames, _ = read_clip(args.video, lambda count: spans(count, config.frames), config.size)
+    except BrokenClip as error:
+        raise InputError(str(error)) from None
+    ids = encode_question(wordpiece, args.question, "", config.max_words)
+    if len(wordpiece.encode(args.question, 10**6)) > config.max_words:
+        print(f"the question is longer than {config.max_words - 2} words, and its end is not read")
+    ids, mask = pad([ids], config.max_words)
+    frames = scale(torch.from_numpy(frames).permute(0, 3, 1, 2)[None]).to(machine.device)
+    chances = model(frames, ids[None].to(machine.device), mask[None].to(machine.device))[0].float().softmax(0)
+    for chance, place in zip(*chances.topk(min(args.top, len(chances)))):
+        print(f"{float(chance):6.1%}  {checkpoint['answers'][place]}")
+
+
+def main():
+    args = parse()
+    machine = set_up(args.device, getattr(args, "precision", "auto"))
+    {"search": search, "ask": ask}.get(args.task, train)(args, machine)
+
+
+if __name__ == "__main__":
+    run_script(main, DataError)

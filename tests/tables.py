@@ -1,0 +1,159 @@
+"""Toy versions of the paper's Table 5 and Figs. 2 and 6, and what pretraining gives each task, over 3 seeds.
+
+    python tests/tables.py                  everything, hours on 2 cores; a run that is there is not made again
+    python tests/tables.py tasks table5     some of it: tasks, table5, fig6, fig2
+    python tests/tables.py --show           the tables of the runs that are there
+
+Every row has the same steps (PRETRAIN, and FINE_TUNE for each task). Runs lie in runs/tables; stop with Ctrl-C
+and start again at will: finished runs stay, a broken one goes on from its last.pt. Two runs go side by side,
+each on one thread.
+"""
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+ROOT, RUNS = Path(__file__).resolve().parents[1], Path("runs/tables")
+PRETRAIN, FINE_TUNE, PROBE = 500, 200, 600      # steps; a probe's step costs next to nothing
+SEEDS, CHOICE_SEED = (1, 2, 3), 100             # no seed that chose anything is reported
+LEARNING_RATES = (3e-4, 1e-3, 2e-3)             # tried on val for a model that starts from nothing
+ROWS = {"none": None, "VTM": "vtm", "VTM+MLM": "vtm,mlm", "VTM+MLM+MVM": "vtm,mlm,mvm"}
+TASKS = {"retrieval": ("retrieval", "r1"), "QA": ("qa", "top1"), "MC caption": ("mc --set caption", "top1"),
+         "MC action": ("mc --set action", "top1"), "MC transition": ("mc --set transition", "top1"),
+         "probe": ("probe", "top1")}
+POINTS = (0.2, 0.4, 0.6, 0.8, 1.0)
+SIZES = {"small": "dims=8,16,32,64 width=64", "toy": "", "large": "dims=24,48,96,192 width=192"}
+
+
+# ------------------------------------------------------------------------------------------------------ runs
+
+
+class Absent(Exception):
+    """A run that is not there, and is not to be made."""
+
+
+class Runs:
+    """The runs in runs/tables, each made when it is first asked for; a method a kind of run -> its folder."""
+
+    def __init__(self, data, make):
+        self.data, self.make, self.locks = data, make, defaultdict(threading.Lock)
+
+    def run(self, name, script, *flags):
+        folder = RUNS / name
+        with self.locks[name]:      # two rows may want the same run
+            if lines_of(folder):
+                return folder
+            if not self.make:
+                raise Absent(name)
+            command = [sys.executable, str(ROOT / script), *flags, "--data", self.data, "--out", str(folder),
+                       "--workers", "0", *["--resume"] * (folder / "last.pt").exists()]
+            print(f"{time.strftime('%H:%M')}  {name}", flush=True)
+            done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        return folder
+
+    def tokenizer(self, seed):
+        return self.run(f"tokenizer-{seed}", "train_tokenizer.py", "--seed", str(seed))
+
+    def pretrained(self, objectives, seed, size="toy"):
+        flags = ["--objectives", objectives, "--max-steps", str(PRETRAIN), "--seed", str(seed),
+                 "--keep-at", ",".join(map(str, POINTS))]
+        flags += ["--tokenizer", str(self.tokenizer(seed)) if "mvm" in objectives else "none"]
+        flags += [flag for change in SIZES[size].split() for flag in ("--config", change)]
+        return self.run(f"pretrain-{size}-{objectives}-{seed}", "pretrain.py", *flags)
+
+    def tuned(self, task, init, seed, name, *flags):
+        steps = PROBE if task == "probe" else FINE_TUNE
+        return self.run(f"{name}-{task.replace(' --set ', '-')}-{seed}", "finetune.py", *task.split(),
+                        "--init", str(init), "--seed", str(seed), "--max-steps", str(steps), *flags)
+
+    def begun(self, objectives, task, seed):
+        """A task fine-tuned from a model pretrained on `objectives`; from nothing where they are None, at the
+        learning rate that is best on val for a seed that is not reported."""
+        if objectives:
+            return self.tuned(task, self.pretrained(objectives, seed) / "best.pt", seed, f"from-{objectives}")
+
+        def best_on_val(lr):
+            lines = lines_of(self.tuned(task, "none", CHOICE_SEED, f"choose-{lr:g}", "--lr", str(lr)))
+            return max(line.get("r1", line.get("top1")) for line in lines if line["split"] == "val")
+        return self.tuned(task, "none", seed, "from-nothing", "--lr", str(max(LEARNING_RATES, key=best_on_val)))
+
+    def at(self, objectives, point, task, seed):
+        """Fig. 6: the model at a share of its pretraining, probed, or scored on multiple choice untrained."""
+        init = self.pretrained(objectives, seed) / f"at-{point:g}.pt"
+        return self.tuned(task, init, seed, f"at-{point:g}-{objectives}", *["--zero-shot"] * (task != "probe"))
+
+
+def lines_of(folder):
+    """The lines of metrics.jsonl of a run that has ended, else none."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return lines if lines and lines[-1]["split"] == "test" else []
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def tables(runs):
+    """(name, [columns], {row: [(how to get a seed's run, the score's name) of each column]})"""
+    full, ablated = ROWS["VTM+MLM+MVM"], ["retrieval", "QA", "MC caption"]
+    mvm = {"without MVM": ROWS["VTM+MLM"], "with MVM": full}
+
+    def tasks(objectives, names):
+        return [(partial(runs.begun, objectives, TASKS[name][0]), TASKS[name][1]) for name in names]
+
+    yield "tasks", list(TASKS), {"from nothing": tasks(None, TASKS), "pretrained": tasks(full, TASKS)}
+    yield "table5", ablated, {row: tasks(objectives, ablated) for row, objectives in ROWS.items()}
+    yield "fig6", [f"{kind} {point:.0%}" for kind in ("MC", "probe") for point in POINTS], {
+        row: [(partial(runs.at, objectives, point, task), "top1")
+              for task in ("mc --set caption", "probe") for point in POINTS] for row, objectives in mvm.items()}
+    yield "fig2", list(SIZES), {
+        row: [(partial(runs.pretrained, objectives, size=size), "mc") for size in SIZES]
+        for row, objectives in mvm.items()}
+
+
+def cell(get, score):
+    """'61.2 (58.0-64.1)': mean and range over the seeds in percent, and how many seeds if not all."""
+    values = []
+    for seed in SEEDS:
+        with contextlib.suppress(Absent):
+            values.append(100 * lines_of(get(seed=seed))[-1][score])
+    if not values:
+        return "-"
+    few = "" if len(values) == len(SEEDS) else f", {len(values)} of {len(SEEDS)} seeds"
+    return f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f}{few})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wanted", nargs="*", metavar="TABLE", help="tasks, table5, fig6, fig2 (default: all)")
+    parser.add_argument("--data", default="data/toy", metavar="DIR", help="default: data/toy")
+    parser.add_argument("--show", action="store_true", help="only print the tables of the runs that are there")
+    args = parser.parse_args()
+    runs = Runs(args.data, make=not args.show)
+    wanted = [table for table in tables(runs) if table[0] in (args.wanted or [table[0]])]
+    if runs.make:
+        with ThreadPoolExecutor(2) as two:      # seed by seed, so that all rows have the first early
+            made = [two.submit(get, seed=seed) for seed in SEEDS
+                    for _, _, rows in wanted for cells in rows.values() for get, _ in cells]
+            for one in made:
+                one.result()
+    print(f"{PRETRAIN} steps of pretraining, {FINE_TUNE} of fine-tuning ({PROBE} of the probe); test, mean (range)")
+    for name, columns, rows in wanted:
+        print(f"\n| {name} | " + " | ".join(columns) + " |\n|---" * 1 + "|---" * len(columns) + "|")
+        for row, cells in rows.items():
+            print(f"| {row} | " + " | ".join(cell(*one) for one in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

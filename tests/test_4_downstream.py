@@ -1,0 +1,278 @@
+"""Section 4, downstream tasks: the heads against plain calculations, then each task on a few clips."""
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import finetune
+import pretrain
+from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Machine, WordPiece, contrastive_loss,
+                   nearest, rank_of_truth, ranks_by_cosine)
+from toy_data import DataError, open_splits, render
+
+CPU = Machine(torch.device("cpu"))
+
+
+@pytest.fixture
+def model(tiny, randomise):
+    return randomise(EViLM(tiny))
+
+
+def clips(tiny, n=3):
+    return torch.rand(n, tiny.frames, 3, tiny.size, tiny.size)
+
+
+def texts(tiny, n=3, options=None):
+    ids = torch.randint(5, tiny.words, (n, tiny.max_words) if options is None else (n, options, tiny.max_words))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[..., -2:] = False
+    return ids * mask, mask
+
+
+def rows(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# ------------------------------------------------------------------------------------------------------- heads
+
+
+def test_multiple_choice_begins_where_zero_shot_matching_ends(tiny, model):
+    head, frames, (ids, mask) = Choice(model, 1).eval(), clips(tiny), texts(tiny, options=5)
+    video = model.encode_video(frames)
+    with torch.no_grad():
+        logits = head(frames, ids, mask)
+        for i in range(5):
+            scores = model.match(video, model.encode_text(ids[:, i], mask[:, i]), mask[:, i])
+            bias = model.vtm_head.bias[1] - model.vtm_head.bias[0]
+            torch.testing.assert_close(logits[:, i], scores - bias, atol=1e-4, rtol=1e-4)
+
+
+def test_a_question_has_a_logit_an_answer_and_without_frames_only_the_text_counts(tiny, model):
+    head, (ids, mask) = Choice(model, 7).eval(), texts(tiny, options=1)
+    with torch.no_grad():
+        seen, other, blind = (head(f, ids, mask) for f in (clips(tiny), clips(tiny), None))
+    assert seen.shape == blind.shape == (3, 7)
+    assert not torch.allclose(seen, other) and not torch.allclose(seen, blind)
+
+
+def test_44_fast_retrieval_is_the_decoder_on_each_side_alone(tiny, model):
+    fast, frames, (ids, mask) = FastRetrieval(model).eval(), clips(tiny), texts(tiny)
+    with torch.no_grad():
+        video, text, scale = fast(frames, ids, mask)
+        e_cls, t_text, t_video = model.token_type
+        for vectors, cells, seen in ((video, model.encode_video(frames) + t_video, None),
+                                     (text, model.encode_text(ids, mask) + t_text, mask)):
+            if seen is not None:
+                seen = torch.cat([torch.ones(3, 1, dtype=torch.bool), seen], 1)
+            h = model.decoder(torch.cat([e_cls.expand(3, 1, -1), cells], 1), seen)[:, 0]
+            pooled = model.pooler(h)
+            torch.testing.assert_close(vectors, pooled / pooled.norm(dim=1, keepdim=True), atol=1e-5, rtol=1e-4)
+    assert float(scale.detach()) == pytest.approx(1 / 0.07)
+
+
+def test_contrast_counts_no_other_caption_of_the_same_video():
+    video, text = (torch.nn.functional.normalize(torch.randn(4, 6), dim=1) for _ in range(2))
+    names, scale = torch.tensor([8, 5, 8, 3]), 9.0
+    v, t, expected = video.double().numpy(), text.double().numpy(), 0.0
+    for one, other in ((t, v), (v, t)):
+        for i in range(4):
+            others = [j for j in range(4) if j == i or names[j] != names[i]]
+            weights = [math.exp(scale * one[i] @ other[j]) for j in others]
+            expected -= math.log(math.exp(scale * one[i] @ other[i]) / sum(weights)) / 8
+    assert float(contrastive_loss(video, text, scale, names)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_ranking_in_chunks_is_exact(chunk, tmp_path):
+    queries, vectors = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for n in (9, 50))
+    vectors[30] = vectors[3]                                    # a tie, which counts against the query
+    truth = torch.tensor([3, 30, 5, 6, 7, 8, 9, 0, 49])
+    whole = queries @ vectors.t()
+    np.save(tmp_path / "vectors.npy", vectors.numpy())
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="c")
+    exactly = (queries.double() @ vectors.double().t()).round(decimals=9)
+    assert torch.equal(ranks_by_cosine(queries, mapped, truth, chunk), rank_of_truth(exactly, truth))
+    scores, places = nearest(queries, mapped, 4, chunk)
+    torch.testing.assert_close(scores, whole.topk(4).values)
+    torch.testing.assert_close(whole.gather(1, places), scores)
+
+
+def test_the_probe_trains_its_classifier_and_nothing_else(tiny, model):
+    probe, frames = LinearProbe(model, 3), clips(tiny, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    features, optimizer = probe.features(frames), torch.optim.SGD(probe.parameters(), lr=0.1)
+    first = probe.classifier.weight.clone()
+    for _ in range(3):
+        probe.train()
+        torch.nn.functional.cross_entropy(probe(features), torch.arange(8) % 3).backward()
+        optimizer.step()
+    assert not torch.equal(first, probe.classifier.weight)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(features, probe.features(frames), rtol=0, atol=0)
+    with torch.no_grad():
+        h = model.fuse(model.encode_video(frames), None, None)[2]
+    cells = tiny.grid ** 2
+    by_frame = torch.stack([h[:, t * cells:(t + 1) * cells].mean(1) for t in range(tiny.frames)], 1)
+    torch.testing.assert_close(features, by_frame.flatten(1))
+
+
+def test_a_tasks_words_take_rows_that_no_word_used():
+    wordpiece = WordPiece.from_captions(["a red circle", "a red star"])
+    longer = wordpiece.add_words(["what colour is it?", "what is red?"], 13)
+    assert longer.vocab[:len(wordpiece)] == wordpiece.vocab
+    assert longer.vocab[len(wordpiece):] == ["?", "is", "what", "colour"], "by count, then by letter, 13 in all"
+    assert len(wordpiece.add_words(["what"], len(wordpiece))) == len(wordpiece)
+
+
+def test_a_long_question_loses_its_end_and_never_its_option():
+    wordpiece = WordPiece.from_captions(["a b c d e f g"])
+    ids = finetune.encode_question(wordpiece, "a b c d e f", "g a", 7)
+    assert [wordpiece.vocab[i] for i in ids] == ["[CLS]", "a", "b", "c", "g", "a", "[SEP]"]
+    ids = finetune.encode_question(wordpiece, "a b", "", 7)
+    assert [wordpiece.vocab[i] for i in ids] == ["[CLS]", "a", "b", "[SEP]"]
+
+
+def test_two_options_that_score_the_same_are_no_answer():
+    assert finetune.most_likely(torch.tensor([[1., 3., 2.], [3., 3., 1.]])).tolist() == [1, -2]
+
+
+# ------------------------------------------------------------------------------------------------------- tasks
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A small set, and a model pretrained on it for a moment, in the working folder."""
+    folder = tmp_path_factory.mktemp("home")
+    render(folder / "clips", 150)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        flags = ["--data", "clips", "--tokenizer", "none", "--max-steps", "3", "--batch-size", "16", "--workers", "0"]
+        pretrain.train(pretrain.parse([*flags, "--device", "cpu"]), CPU)
+    return folder
+
+
+@pytest.fixture
+def go(home, monkeypatch, capsys):
+    """go("qa", ...) runs finetune.py there; -> (last line of metrics.jsonl, what was printed)."""
+    monkeypatch.chdir(home)
+
+    def run(*flags, data="clips"):
+        args = finetune.parse([*flags, "--data", data, "--workers", "0", "--device", "cpu", "--max-steps", "3"])
+        finetune.train(args, CPU)
+        return json.loads((Path(args.out) / "metrics.jsonl").read_text().splitlines()[-1]), capsys.readouterr().out
+    return run
+
+
+@pytest.mark.parametrize("flags, score, picture", [
+    (["qa"], "top1", "answers.png"), (["qa", "--see", "text"], "top1", "answers.png"),
+    (["mc"], "top1", "answers.png"), (["mc", "--set", "action"], "top1", "answers.png"),
+    (["mc", "--set", "transition"], "top1", "answers.png"), (["retrieval"], "r1", "retrieval.png"),
+    (["retrieval", "--scoring", "joint"], "r1", "retrieval.png"), (["probe"], "top1", "confusion.png")])
+def test_each_task_leaves_scores_against_chance_and_a_picture(go, home, flags, score, picture):
+    out = home / "out" / "-".join(flags)
+    last, said = go(*flags, "--out", str(out))
+    assert last["split"] == "test" and 0 <= last[score] <= 1
+    assert "against" in said and any(name.startswith("against") for name in last)
+    assert {"last.pt", "best.pt", "metrics.jsonl", "curves.png", picture} <= {p.name for p in out.iterdir()}
+
+
+@pytest.mark.parametrize("flags", [["mc"], ["retrieval"], ["retrieval", "--scoring", "joint"]])
+def test_zero_shot_scores_the_pretrained_model_as_it_is(go, flags):
+    first, second = (go(*flags, "--zero-shot")[0] for _ in range(2))
+    assert first == second and first["step"] == 0
+
+
+@pytest.mark.parametrize("flags", [["qa"], ["probe"], ["retrieval"]])
+def test_a_resumed_run_ends_with_the_same_weights(go, home, flags, monkeypatch):
+    go(*flags, "--out", "whole")
+    args = ["--out", "broken", "--save-every", "2"]
+    optimise = finetune.Run.optimise
+
+    def killed(run, losses):
+        optimise(run, losses)
+        if run.step == 3:
+            raise ZeroDivisionError
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(finetune.Run, "optimise", killed)
+        go(*flags, *args)
+    go(*flags, *args, "--resume")
+    one, two = (torch.load(home / name / "last.pt", weights_only=True)["model"] for name in ("whole", "broken"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for name in ("whole", "broken"):
+        shutil.rmtree(home / name)
+
+
+def test_search_ranks_a_folder_and_computes_only_new_clips(go, home, capsys, monkeypatch):
+    go("retrieval", "--out", "found")
+    videos = home / "mine"
+    (videos / "inside").mkdir(parents=True)
+    for i, name in enumerate(["a.gif", "b.gif", "inside/c.gif"]):
+        shutil.copy(home / f"clips/clips/{i:05d}.gif", videos / name)
+    (videos / "broken.gif").write_bytes(b"GIF89a")
+    computed, embed = [], finetune.embed_clips
+    monkeypatch.setattr(finetune, "embed_clips", lambda *a: computed.append(1) or embed(*a))
+
+    def search():
+        args = finetune.parse(["search", "a red circle", "--videos", str(videos), "--init", "found", "--top", "2"])
+        finetune.search(args, CPU)
+        return capsys.readouterr().out
+    first = search()
+    assert len(computed) == 3 and (home / "search.png").exists()
+    assert "broken.gif" in first and len([line for line in first.splitlines() if line.endswith(".gif")]) == 2
+    shutil.copy(home / "clips/clips/00003.gif", videos / "d.gif")
+    search()
+    assert len(computed) == 4, "only the new clip"
+
+
+def test_ask_names_answers_with_probabilities(go, home, capsys):
+    go("qa", "--out", "asked")
+    args = finetune.parse(["ask", "clips/clips/00001.gif", "what colour is the circle?", "--init", "asked"])
+    finetune.ask(args, CPU)
+    shares = [float(line.split("%")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert len(shares) == 5 and sorted(shares, reverse=True) == shares and 0 < sum(shares) <= 100.3
+
+
+# --------------------------------------------------------------------------------------------- what bad input gets
+
+
+def test_a_task_refuses_what_it_cannot_use(go, home, tmp_path):
+    for flags, told in ((["qa", "--init", "nowhere.pt"], "no such checkpoint"),
+                        (["qa", "--preset", "paper"], "toy preset"),
+                        (["qa", "--config", "width=64"], "--config width=64"),
+                        (["mc", "--set", "action", "--zero-shot"], "--zero-shot"),
+                        (["retrieval", "--zero-shot", "--init", "none"], "--zero-shot"),
+                        (["retrieval", "--accumulate", "2"], "--accumulate")):
+        with pytest.raises(InputError, match=told):
+            go(*flags)
+    with pytest.raises(DataError, match="mc_nothing"):
+        go("mc", "--set", "nothing")
+
+
+def test_bad_rows_are_named(go, home, tmp_path):
+    splits, _ = open_splits(home / "clips", "qa")
+    video = str(home / "clips" / splits["train"][0]["video"])
+    for name, answer in (("train", "red"), ("val", "red"), ("test", "beige")):
+        rows(tmp_path / f"qa_{name}.jsonl", [{"video": video, "question": "what colour?", "answer": answer}] * 3)
+        rows(tmp_path / f"mc_four_{name}.jsonl", [{"video": video, "question": "", "answer": 0,
+                                                   "options": ["a", "b", "c", "d"]}])
+        rows(tmp_path / f"mc_six_{name}.jsonl", [{"video": video, "question": "", "answer": 5, "options": list("abcde")}])
+    with pytest.raises(DataError, match="none of its answers"):
+        go("qa", data=str(tmp_path))
+    with pytest.raises(DataError, match=r"mc_four_\w+.jsonl:1: has 4 options"):
+        go("mc", "--set", "four", data=str(tmp_path))
+    with pytest.raises(DataError, match=r"mc_six_train.jsonl:1"):
+        go("mc", "--set", "six", data=str(tmp_path))
+
+
+def test_an_absent_video_is_replaced_and_counted(go, home, tmp_path):
+    splits, _ = open_splits(home / "clips", "qa")
+    for name, manifest in splits.items():
+        lines = [row | {"video": str(home / "clips" / row["video"])} for row in manifest]
+        rows(tmp_path / f"qa_{name}.jsonl", lines + [lines[0] | {"video": "gone.gif"}] * (len(lines) // 2))
+    _, said = go("qa", "--batch-size", "64", data=str(tmp_path))
+    assert "gone.gif" in said and "broken clips: 0" not in said
