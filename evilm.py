@@ -37,6 +37,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -837,6 +838,12 @@ def contrastive_loss(video, text, scale, names):
     return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.t(), truth)) / 2
 
 
+def in_chunks(vectors, chunk):
+    """(number of the first, a copy of so many vectors) of a tensor or of a NumPy memory map, one after another."""
+    for start in range(0, len(vectors), chunk):
+        yield start, torch.from_numpy(np.array(vectors[start:start + chunk]))
+
+
 @torch.no_grad()
 def nearest(queries, vectors, k, chunk=65536):
     """The k vectors of largest cosine for each query, exactly: (Q, D), (V, D) -> scores, numbers (Q, k).
@@ -844,8 +851,8 @@ def nearest(queries, vectors, k, chunk=65536):
     `vectors` may be a NumPy memory map: only `chunk` of them are looked at at a time.
     """
     best, numbers = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-    for start in range(0, len(vectors), chunk):
-        scores = queries @ torch.as_tensor(vectors[start:start + chunk]).t()
+    for start, part in in_chunks(vectors, chunk):
+        scores = queries @ part.t()
         found = torch.arange(start, start + scores.shape[1]).expand_as(scores)
         best, order = torch.cat([best, scores], 1).topk(min(k, best.shape[1] + scores.shape[1]))
         numbers = torch.cat([numbers, found], 1).gather(1, order)
@@ -858,10 +865,10 @@ def ranks_by_cosine(queries, vectors, truth, chunk=65536):
 
     Scores that differ by no more than rounding are ties, and count against the query.
     """
-    right = (queries * torch.as_tensor(vectors[truth.numpy()])).sum(1, keepdim=True)
+    right = (queries * torch.from_numpy(np.array(vectors[truth.numpy()]))).sum(1, keepdim=True)
     ranks = torch.ones(len(queries), dtype=torch.long)
-    for start in range(0, len(vectors), chunk):
-        scores = queries @ torch.as_tensor(vectors[start:start + chunk]).t()
+    for start, part in in_chunks(vectors, chunk):
+        scores = queries @ part.t()
         others = torch.arange(start, start + scores.shape[1]) != truth[:, None]
         ranks += ((scores >= right - 1e-6) & others).sum(1)
     return ranks
@@ -1150,22 +1157,27 @@ def save(checkpoint, path):
         draft.unlink(missing_ok=True)
 
 
-def load(path, kind):
-    """Reads a checkpoint of this project. Never a pickle that could run code: `weights_only`, always.
+def load(path, *kinds, hint=""):
+    """Reads a checkpoint of this project, a file or a run's best.pt. Never a pickle that could run code:
+    `weights_only`, always.
 
-    Raises InputError, naming the file, if it is none or one of another `kind` ("tokenizer", "pretrain").
+    Raises InputError, naming the file, if it is none or of none of the `kinds` ("tokenizer", "pretrain", a
+    task's); `hint` says what makes one.
     """
+    path = Path(path)
+    path = path if path.suffix == ".pt" else path / "best.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such checkpoint") from None
+        raise InputError(f"{path}: there is no such checkpoint{hint}") from None
     except Exception as error:      # torch.load raises whatever the bytes lead it to
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
     if not isinstance(checkpoint, dict) or "kind" not in checkpoint or "config" not in checkpoint:
         raise InputError(f"{path}: not a checkpoint of this project")
-    if checkpoint["kind"] != kind:
-        raise InputError(f"{path}: a checkpoint of kind {checkpoint['kind']!r}, where {kind!r} is wanted")
+    if checkpoint["kind"] not in kinds:
+        raise InputError(f"{path}: a checkpoint of kind {checkpoint['kind']!r}, where "
+                         f"{' or '.join(map(repr, kinds))} is wanted")
     return checkpoint
 
 

@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import pretrain
-import toy_data
-from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Run, WordPiece, common_flags,
+from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Run, WordPiece, changed, common_flags,
                    config_of, configure, contrastive_loss, load, make_optimizer, nearest, prefetch,
                    ranks_by_cosine, run_script, set_up, vtm_loss)
 from pretrain import percent, read_videos, score_choices, score_retrieval
-from toy_data import Batches, BrokenClip, ClipCaptions, DataError, pictures, read_clip, spans
-from train_tokenizer import SYNTHETIC, evaluation_loader, make_loader, make_vocabulary, pad, scale
+from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, open_split, pictures, read_clip,
+                      spans)
+from train_tokenizer import evaluation_loader, make_loader, make_vocabulary, open_clips, pad, scale
 
 # Epochs, learning rate and clips a step of each task. The paper gives retrieval's alone (4.4): "task-specific
 # learning rates/epochs" (4.1).
@@ -78,8 +78,9 @@ def parse(argv=None):
 def add_task(commands, name):
     flags = common_flags(None, stage=None)
     task = commands.add_parser(name, parents=[flags], allow_abbrev=False, help=TASKS_HELP[name])
-    task.add_argument("--init", default="runs/pretrain/best.pt", metavar="PATH|none", help="a checkpoint or run "
-                      "of pretrain.py; none: from nothing, Table 5's first row (default: runs/pretrain/best.pt)")
+    task.add_argument("--init", default="runs/pretrain/best.pt", metavar="PATH|none", help="a run or "
+                      "checkpoint of pretrain.py, or of retrieval --scoring joint; none: from nothing, Table 5's "
+                      "first row (default: runs/pretrain/best.pt)")
     task.add_argument("--out", metavar="DIR", help=f"the run's folder (default: runs/{name}"
                       + "-SET)" * (name == "mc") + ")" * (name != "mc"))
     return task
@@ -101,17 +102,6 @@ def add_use(commands, name, task, what):
 # ------------------------------------------------------------------------------------------ where it begins
 
 
-def open_task(args, files, machine):
-    """The manifests {"train", "val", "test"} of a task's files in --data."""
-    if args.data == SYNTHETIC:
-        machine.first(lambda: Path(SYNTHETIC).exists() or toy_data.render(SYNTHETIC))
-    machine.first(lambda: toy_data.open_splits(args.data, files))       # writes the index that others then map
-    splits, notes = toy_data.open_splits(args.data, files)
-    for note in notes:
-        machine.say(note)
-    return splits
-
-
 def begin(args, texts, manifest, machine):
     """The pretrained model that --init names, or a new one, and its WordPiece.
 
@@ -125,21 +115,22 @@ def begin(args, texts, manifest, machine):
         model = EViLM(config).to(machine.device)
         pretrain.start_from_nothing(model, manifest, args, machine)
         return model, wordpiece
-    path = Path(args.init)
-    path = path if path.suffix == ".pt" else path / "best.pt"
-    if not path.exists():
-        raise InputError(f"--init {path}: there is no such checkpoint; python pretrain.py makes one, and "
-                         "--init none begins from nothing")
-    checkpoint = load(path, "pretrain")
-    if args.config:
-        raise InputError(f"--config {args.config[0]}: --init {path} brings its own Config; change it in pretraining")
+    checkpoint = load(args.init, "pretrain", "retrieval",
+                      hint="; python pretrain.py makes one, --init none begins from nothing")
+    if checkpoint["settings"].get("scoring") == "fast":
+        raise InputError(f"--init {args.init}: was trained for fast retrieval; a task begins from pretrain.py's "
+                         "or from retrieval --scoring joint")
     if checkpoint["config"]["preset"] != args.preset:
-        raise InputError(f"--init {path} is of the {checkpoint['config']['preset']} preset, not of "
+        raise InputError(f"--init {args.init} is of the {checkpoint['config']['preset']} preset, not of "
                          f"{args.preset}: name that one with --preset")
-    config = config_of(checkpoint)
+    config = changed(config_of(checkpoint), args.config)
     wordpiece = WordPiece(checkpoint["vocab"]).add_words(texts, config.vocab_rows)
     model = EViLM(replace(config, words=len(wordpiece)))
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        raise InputError(f"--config {' '.join(args.config)}: the weights of --init {args.init} have other sizes; "
+                         "those of frames, max_words and the like do not matter") from None
     return model.to(machine.device), wordpiece
 
 
@@ -255,7 +246,7 @@ class Options(Choices):
                 if len(row["options"]) != 5:
                     raise DataError(f"{manifest.path}:{manifest.line(i)}: has {len(row['options'])} options, "
                                     "where five are wanted")
-        self.training_texts = [text for row in splits["train"] for text in (row["question"], *row["options"])]
+        self.training_texts = [text for row in splits.get("train", ()) for text in (row["question"], *row["options"])]
 
     def kind(self, row):
         return "+".join(row.get("changed", ["all"]))
@@ -309,9 +300,9 @@ class Retrieval:
 
     def __init__(self, args, splits):
         self.mismatched = args.scoring == "joint"
-        self.videos, clips = splits["train"].videos, len(np.unique(splits["test"].videos))
-        self.chance = {"chance": 1 / clips}
-        self.training_texts = [row["caption"] for row in splits["train"]]
+        self.train_split = splits.get("train", ())
+        self.chance = {"chance": 1 / len(np.unique(splits["test"].videos))}
+        self.training_texts = [row["caption"] for row in self.train_split]
 
     def __call__(self, samples):
         def encode(name):
@@ -320,7 +311,7 @@ class Retrieval:
 
         ids, mask = encode("caption")
         batch = {"frames": torch.stack([s["frames"] for s in samples]), "ids": ids, "mask": mask,
-                 "names": torch.tensor([int(self.videos[s["index"]]) for s in samples]),
+                 "names": torch.tensor([int(self.train_split.videos[s["index"]]) for s in samples]),
                  "broken": [line for s in samples for line in s["broken"]]}
         if self.mismatched:
             batch["other_ids"], batch["other_mask"] = encode("mismatched")
@@ -477,10 +468,14 @@ def train(args, machine):
             setattr(args, name, value)
     if args.task == "retrieval" and args.accumulate > 1:
         raise InputError("--accumulate: retrieval contrasts each clip with its whole batch, which cannot be cut")
-    files = f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files
-    splits = open_task(args, files, machine)
+    zero_shot, files = getattr(args, "zero_shot", False), f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files
+    if zero_shot and args.init == "none":
+        raise InputError("--zero-shot scores a pretrained model: --init none has nothing to score")
+    if zero_shot and files not in ("", "mc_caption"):
+        raise InputError(f"--zero-shot: the 2-way head matches captions, and mc --set {args.set} has questions")
+    splits = {"test": open_split(args.data, "test", files)} if zero_shot else open_clips(args, machine, files)
     task = TASKS[args.task](args, splits)
-    base, wordpiece = begin(args, task.training_texts, splits["train"], machine)
+    base, wordpiece = begin(args, task.training_texts, splits.get("train"), machine)
     task.splits, task.wordpiece, task.config = splits, wordpiece, base.config
     torch.manual_seed(args.seed)
     model = task.head(base).to(machine.device)
@@ -488,7 +483,7 @@ def train(args, machine):
     run.constant["answers"] = list(task.answers)
     optimizer = make_optimizer(model, args.lr, base.config.weight_decay, machine.device)
     run.start(model, optimizer, args.resume)
-    if getattr(args, "zero_shot", False):
+    if zero_shot:
         return report_zero_shot(task, base, run, args, machine)
 
     if args.task == "probe":
@@ -544,14 +539,10 @@ def finish(task, model, run, args, machine):
 
 def report_zero_shot(task, model, run, args, machine):
     """Scores the pretrained model by its own 2-way head, or by its vectors as they are, without training."""
-    if args.init == "none":
-        raise InputError("--zero-shot scores a pretrained model: --init none has nothing to score")
     if not machine.main:
         return
     model.eval()
     if args.task == "mc":
-        if args.set != "caption":
-            raise InputError(f"--zero-shot: the 2-way head matches captions, and mc --set {args.set} has questions")
         found = score_choices(model, task.splits["test"], task.wordpiece, machine, most=None)
         scores = {name.replace("mc", "top1"): value for name, value in found.items()}
     else:
@@ -581,11 +572,7 @@ def report(task, scores, run, how):
 
 def open_trained(args, kind, head):
     """A fine-tuned model of --init, in evaluation mode, its WordPiece, and the checkpoint."""
-    path = Path(args.init)
-    path = path if path.suffix == ".pt" else path / "best.pt"
-    if not path.exists():
-        raise InputError(f"--init {path}: there is no such checkpoint; python finetune.py {kind} makes it")
-    checkpoint = load(path, kind)
+    checkpoint = load(args.init, kind, hint=f"; python finetune.py {kind} makes one")
     model = head(EViLM(config_of(checkpoint)), checkpoint)
     model.load_state_dict(checkpoint["model"])
     return model.eval(), WordPiece(checkpoint["vocab"]), checkpoint

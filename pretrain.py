@@ -23,7 +23,7 @@ import train_tokenizer
 from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, common_flags, config_of, configure,
                    load, make_optimizer, mask_frames, mask_words, mlm_loss, mvm_loss, prefetch, rank_of_truth,
                    run_script, save, set_up, vtm_loss)
-from toy_data import Batches, BrokenClip, ClipCaptions, DataError, open_splits, pictures, read_clip, spans
+from toy_data import Batches, BrokenClip, ClipCaptions, DataError, open_split, pictures, read_clip, spans
 from train_tokenizer import captions_of, evaluation_loader, make_loader, make_vocabulary, open_clips, pad, scale
 
 LOSSES = {"vtm": vtm_loss, "mlm": mlm_loss, "mvm": mvm_loss}
@@ -551,7 +551,7 @@ def finish(model, run, splits, labels, collate, args, machine):
         draw_retrieval(*drawn, run.folder / "retrieval.png")
         scores["retrieval_clips"] = len(drawn[2])
         try:
-            choices = open_splits(args.data, "mc_caption")[0]["test"]
+            choices = open_split(args.data, "test", "mc_caption")
         except DataError:
             machine.say("no multiple choice: the folder has no mc_caption files")
         else:

@@ -46,12 +46,13 @@ def parse(argv=None):
 # ----------------------------------------------------------------------------- clips, captions and vocabulary
 
 
-def open_clips(args, machine):
-    """The manifests {"train", "val", "test"} of --data; the synthetic set is rendered on first use."""
+def open_clips(args, machine, task=""):
+    """The manifests {"train", "val", "test"} of a task's files in --data, by default those of the captions; the
+    synthetic set is rendered on first use."""
     if args.data == SYNTHETIC:
         machine.first(lambda: Path(SYNTHETIC).exists() or toy_data.render(SYNTHETIC))
-    machine.first(lambda: toy_data.open_splits(args.data))      # writes the index that the others then map
-    splits, notes = toy_data.open_splits(args.data)
+    machine.first(lambda: toy_data.open_splits(args.data, task))    # writes the index that the others then map
+    splits, notes = toy_data.open_splits(args.data, task)
     for note in notes:
         machine.say(note)
     return splits

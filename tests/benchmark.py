@@ -15,10 +15,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evilm
+import finetune
 import pretrain
 import toy_data
 from evilm import Config, EViLM, SemanticTokenizer
@@ -222,8 +224,54 @@ def open_manifest(path, queue):
     queue.put((seconds, opened - before, most() - opened))
 
 
+@torch.no_grad()
+def retrieval(args, machine, clips=1000, queries=20, words=12):
+    """Fast retrieval (4.4) of 1,000 captions among 1,000 clips beside joint scoring of the same, on pixels and
+    words that are made up; then ranking among a million vectors that are kept on disk."""
+    config = Config.toy()
+    model = evilm.FastRetrieval(EViLM(config)).eval().to(machine.device)
+    frames = torch.randint(0, 256, (clips, config.frames, 3, config.size, config.size), dtype=torch.uint8)
+    ids = torch.randint(5, config.words, (clips, words), device=machine.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+
+    def fast():
+        vectors = finetune.embed_clips(model, frames, machine)
+        texts = torch.cat([model.embed_text(*part).cpu() for part in zip(ids.split(500), mask.split(500))])
+        evilm.ranks_by_cosine(texts, vectors, torch.arange(clips))
+
+    def joint():
+        video = pretrain.encode_videos(model.model, frames, machine)
+        text = model.model.encode_text(ids[:queries], mask[:queries])
+        for t, m in zip(text, mask):
+            for part in video.split(200):
+                model.model.match(part, t.expand(len(part), -1, -1), m.expand(len(part), -1))
+    seconds = median_times(machine.device, fast, joint, repeats=3)
+    whole = seconds[1] * clips / queries
+    print(f"\nretrieval of {clips:,} captions among {clips:,} clips, toy preset, vectors and scores\n"
+          f"  fast {seconds[0]:.2f} s; joint {whole:.0f} s ({queries} captions timed, times {clips // queries}): "
+          f"{whole / seconds[0]:.0f} times as long")
+    seconds, memory = in_own_process(rank_a_million)
+    print(f"  1,000 queries ranked among 1,000,000 vectors of {config.width} on disk: {seconds:.1f} s, "
+          f"{memory:.2f} GiB in all")
+
+
+def rank_a_million(queue, count=1_000_000):
+    width = Config.toy().width
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        stored = np.lib.format.open_memmap(file.name, "w+", np.float32, (count, width))
+        for start in range(0, count, 50_000):
+            stored[start:start + 50_000] = torch.nn.functional.normalize(torch.randn(50_000, width), dim=1)
+        stored.flush()
+        vectors = np.load(file.name, mmap_mode="r")
+        began = time.perf_counter()
+        queries = torch.nn.functional.normalize(torch.randn(1000, width), dim=1)
+        evilm.ranks_by_cosine(queries, vectors, torch.randint(count, (1000,)))
+        queue.put((time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+
+
 def main():
-    parts = {part.__name__: part for part in (presets, loader, growth, tokenizer_share, layout, manifest)}
+    parts = {part.__name__: part for part in (presets, loader, growth, tokenizer_share, layout, manifest,
+                                              retrieval)}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)

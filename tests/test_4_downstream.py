@@ -93,7 +93,7 @@ def test_ranking_in_chunks_is_exact(chunk, tmp_path):
     truth = torch.tensor([3, 30, 5, 6, 7, 8, 9, 0, 49])
     whole = queries @ vectors.t()
     np.save(tmp_path / "vectors.npy", vectors.numpy())
-    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="c")
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
     exactly = (queries.double() @ vectors.double().t()).round(decimals=9)
     assert torch.equal(ranks_by_cosine(queries, mapped, truth, chunk), rank_of_truth(exactly, truth))
     scores, places = nearest(queries, mapped, 4, chunk)

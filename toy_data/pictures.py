@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 PAPER, INK, FAINT, GRID, RIGHT, WRONG = "#ffffff", "#33373d", "#777d86", "#e4e7ea", "#1f9d55", "#d23f3f"
 SERIES = ["#3b6ea8", "#d9803f", "#4b9b68", "#b5505c", "#7f66a8", "#8a6d55", "#c06fa4", "#4a8d9c"]
@@ -118,7 +118,7 @@ def save(path, title, blocks, columns=1, gap=GAP, gap_below=GAP):
         part.unlink(missing_ok=True)
 
 
-# ---- Curves ------------------------------------------------------------------------------------------------
+# ---- Charts ------------------------------------------------------------------------------------------------
 
 def round_ticks(low, high):
     """Four to seven round numbers, the first at or below `low`, the last at or above `high`."""
@@ -126,6 +126,13 @@ def round_ticks(low, high):
     power = 10.0 ** np.floor(np.log10(rough))
     step = power * min(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= 0.999 * rough)
     return step * np.arange(np.floor(low / step + 1e-6), np.ceil(high / step - 1e-6) + 1)
+
+
+def log_ticks(low, high):
+    """1, 2, 5, 10, 20 ... from `low` to `high`."""
+    powers = range(int(np.floor(np.log10(low))), int(np.log10(high)) + 1)
+    ticks = [factor * 10.0 ** power for power in powers for factor in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def span(values, percent=False):
@@ -167,8 +174,17 @@ def draw_line(panel, points, colour):
     panel.paste(colour, mask=mask.reduce(3))
 
 
-def axes(name, x_range, y_ticks, percent, box, size):
-    """A panel with its name, grid and ticks, and the function that turns (n, 2) values into its pixels."""
+def draw_dot(panel, centre, radius, colour):
+    """A round dot with a thin edge of paper, which keeps it apart from what lies below it."""
+    for outer, fill in ((radius + 2, PAPER), (radius, colour)):
+        mask = Image.new("L", (3 * panel.width, 3 * panel.height))
+        ImageDraw.Draw(mask).circle([3 * length for length in centre], 3 * outer, fill=255)
+        panel.paste(fill, mask=mask.reduce(3))
+
+
+def axes(name, x_range, y_ticks, percent, box, size, log=False):
+    """A panel with its name, grid and ticks, and the function that turns (n, 2) values into its pixels; `log`
+    is for x alone."""
     left, top, right, bottom = box
     panel = Image.new("RGB", size, PAPER)
     panel.paste(write(name, size[0], most_lines=1), (0, 0))
@@ -176,13 +192,14 @@ def axes(name, x_range, y_ticks, percent, box, size):
 
     def place(points):
         x, y = np.asarray(points, float).reshape(-1, 2).T
-        return np.stack([np.interp(x, x_range, (left, right)), np.interp(y, y_range, (bottom, top))], 1)
+        along = (np.log(x), np.log(x_range)) if log else (x, x_range)
+        return np.stack([np.interp(*along, (left, right)), np.interp(y, y_range, (bottom, top))], 1)
 
     for value in y_ticks:
-        (_, y), = place((0, value))
+        (_, y), = place((x_range[0], value))
         draw.line((left, y, right, y), fill=GRID, width=2)
         draw.text((left - 12, y), number(value, percent), font=font(SMALL), fill=FAINT, anchor="rm")
-    for value in round_ticks(*x_range):
+    for value in log_ticks(*x_range) if log else round_ticks(*x_range):
         if x_range[0] <= value <= x_range[1]:
             (x, _), = place((value, 0))
             draw.line((x, bottom, x, bottom + 8), fill=FAINT, width=2)
@@ -222,7 +239,50 @@ def chart(name, series, baselines, percent):
     return panel
 
 
-# ---- The five pictures -------------------------------------------------------------------------------------
+def free_place(size, centre, radius, taken, within):
+    """The box of a label of that size beside a dot: the first of eight places, right, left, above, below and
+    between, that lies `within` a box and on none of those `taken`; on the right if there is none."""
+    boxes = []
+    for x, y in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
+        left = centre[0] + x * (radius + 8) + (x - 1) / 2 * size[0]
+        top = centre[1] + y * radius + (y - 1) / 2 * size[1]
+        boxes.append((left, top, left + size[0], top + size[1]))
+    inside = [box for box in boxes if within[0] <= box[0] and within[1] <= box[1]
+              and box[2] <= within[2] and box[3] <= within[3]]
+    return next((box for box in inside if not any(
+        box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+        for other in taken)), boxes[0])
+
+
+def scatter(name, x_name, dots, bars=()):
+    """A panel of `dots`, a list of (label, x, y, area in pixels, colour), over x on a log scale; `bars`, a list of
+    (x from, x to, y, colour), say between what a dot's x may lie. Labels stand where there is room."""
+    left, top, right, bottom, width = 64, 60, 640, 420, 650
+    _, x, y, areas, _ = zip(*dots)
+    lows, highs = [low for low, *_ in bars], [high for _, high, *_ in bars]
+    x_range = min([*x, *lows]) / 1.5, max([*x, *highs]) * 1.5
+    panel, place = axes(name, x_range, round_ticks(*span(y)), False, (left, top, right, bottom),
+                        (width, bottom + 74), log=True)
+    draw, face, radii = ImageDraw.Draw(panel), font(SMALL), np.sqrt(np.divide(areas, np.pi))
+    draw.text((right, bottom + 44), drawable(x_name), FAINT, face, anchor="rt")
+    centres, taken = place(np.stack([x, y], 1)), []
+    for low, high, level, colour in bars:
+        ends = place([(low, level), (high, level)])
+        for line in (ends, *(end + [[0, -9], [0, 9]] for end in ends)):
+            draw_line(panel, line, colour)
+        taken.append((*(ends[0] - 9), *(ends[1] + 9)))
+    for i in np.argsort(radii)[::-1]:
+        draw_dot(panel, centres[i].tolist(), radii[i], dots[i][-1])
+        taken.append((*(centres[i] - radii[i]), *(centres[i] + radii[i])))
+    for (label, *_, colour), centre, radius in zip(dots, centres, radii):
+        label = drawable(label)
+        box = free_place((face.getlength(label), SMALL + 6), centre, radius, taken, (left, top, right, bottom))
+        draw.text((box[0], (box[1] + box[3]) / 2), label, colour, face, anchor="lm")
+        taken.append(box)
+    return panel
+
+
+# ---- The pictures ------------------------------------------------------------------------------------------
 
 def contact_sheet(entries, path, title=""):
     """entries: a list of (frames uint8 (T, H, W, 3), text). Two columns of clips, each above its text."""
@@ -312,24 +372,31 @@ def retrieval(queries, path, title=""):
     save(path, title, blocks, 1 + columns, gap=20, gap_below=36)
 
 
+def tint(colour, share):
+    """The colour on paper, the stronger the larger the share."""
+    return tuple(round(255 + share * (channel - 255)) for channel in ImageColor.getrgb(colour))
+
+
 def confusion(counts, labels, path, title=""):
-    """counts (n, n) of clips, rows the true label, columns what each was taken for. A square is the darker,
-    the larger its share of the row; the right ones are green."""
-    side, face = 88, font(SMALL)
-    width = round(max(face.getlength(drawable(label)) for label in labels)) + 2 * GAP
-    image = Image.new("RGB", (width + side * len(labels), side * len(labels) + width), PAPER)
-    draw = ImageDraw.Draw(image)
+    """counts int (n, n): rows are the true labels, columns what their clips were taken for. A cell is the
+    stronger in colour, the larger its share of the row; the right ones are green."""
+    counts = np.asarray(counts).reshape(len(labels), len(labels))
+    side = min(88, max(8, 2600 // max(1, len(labels))))
+    digits = len(str(counts.max(initial=0)))
+    face, figures = font(min(SMALL, side // 2)), font(min(SMALL, side // 2, 3 * side // (2 * digits)))
+    labels = [wrap(label, face, 300, most_lines=1)[0] for label in labels]
+    width, rows, below = round(max(map(face.getlength, labels), default=0)) + 2 * GAP, [], []
     for i, label in enumerate(labels):
-        draw.text((width - GAP, side * (i + 0.5)), drawable(label), INK, face, anchor="rm")
-        below = Image.new("RGB", (width, side), PAPER)      # written along the row, then turned
-        ImageDraw.Draw(below).text((width - GAP, side / 2), drawable(label), INK, face, anchor="rm")
-        image.paste(below.rotate(90, expand=True), (width + side * i, side * len(labels)))
+        beside = Image.new("RGB", (width, side), PAPER)
+        ImageDraw.Draw(beside).text((width - GAP, side / 2), label, INK, face, anchor="rm")
+        rows.append(beside)
+        below.append(beside.rotate(90, expand=True))
         for j, count in enumerate(counts[i]):
             share = count / max(1, counts[i].sum())
-            tone = Image.blend(Image.new("RGB", (1, 1), PAPER), Image.new("RGB", (1, 1), RIGHT if i == j else WRONG),
-                               float(share)).getpixel((0, 0))
-            box = (width + side * j, side * i, width + side * (j + 1) - 3, side * (i + 1) - 3)
-            draw.rectangle(box, fill=tone)
+            cell = Image.new("RGB", (side - 2, side - 2), tint(RIGHT if i == j else WRONG, share))
             if count:
-                draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), str(count), INK, face, anchor="mm")
-    save(path, title, [image])
+                ImageDraw.Draw(cell).text((side / 2, side / 2), str(count), INK, figures, anchor="mm")
+            rows.append(framed(cell, GRID, thickness=1))
+    legend = write("rows: the true label · columns: what it was taken for", 800, SMALL, FAINT)
+    corner = Image.new("RGB", (1, 1), PAPER)
+    save(path, title, labels and [legend, grid([*rows, corner, *below], 1 + len(labels), 0, 0)], gap_below=24)

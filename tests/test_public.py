@@ -1,0 +1,584 @@
+"""Public sets in their authors' own files, a few rows of each, against the rows that come out."""
+
+import csv
+import inspect
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from toy_data import public
+from toy_data.clips import DataError, open_split, open_splits, read_clip
+from toy_data.public import convert
+
+PARTS = ("train", "val", "test")
+COLUMNS = ["a1", "a2", "a3", "a4", "a5"]
+
+
+@pytest.fixture
+def release(tmp_path):
+    """release({path: text or JSON}) writes the files of a release -> its folder."""
+
+    def write(files):
+        for name, content in files.items():
+            path = tmp_path / "release" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content if isinstance(content, str) else json.dumps(content), newline="")
+        return tmp_path / "release"
+
+    return write
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """videos(*names) makes files of these names, which a conversion never opens -> their folder."""
+
+    def touch(*names):
+        for name in names:
+            path = tmp_path / "videos" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return tmp_path / "videos"
+
+    return touch
+
+
+def table(*rows, delimiter=",", end="\n"):
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter, lineterminator=end).writerows(rows)
+    return text.getvalue()
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def written(out):
+    """{file: its rows} with each video's path cut to its name."""
+    found = {path.name: rows_of(path) for path in sorted(out.glob("*.jsonl"))}
+    for row in itertools.chain(*found.values()):
+        assert (out / row["video"]).is_file()
+        row["video"] = Path(row["video"]).name
+    return found
+
+
+def missing(out):
+    return (out / "missing.txt").read_text().splitlines()
+
+
+def captions(**of):
+    return [{"video": f"{video}.mp4", "caption": caption} for video, caption in of.items()]
+
+
+# ---- each set in the layout of its release -----------------------------------------------------------------
+
+
+WEBVID = ["videoid", "contentUrl", "duration", "page_dir", "name"]
+
+
+def webvid_rows(*ids):
+    """Captions with what a table must quote."""
+    return [[i, f"https://ak.picdn.net/{i}", "PT00H00M24S", "000001_000050", f'A "{i}", and'] for i in ids]
+
+
+def test_webvid_train_and_val_come_from_their_tables(release, videos, out):
+    folder = release({"results_2M_train.csv": table(WEBVID, *webvid_rows(*range(10, 50))),
+                      "results_2M_val.csv": table(WEBVID, *webvid_rows(1, 2, 3))})
+    names = [f"000001_000050/{i}.mp4" for i in (*range(10, 49), 1, 3)]
+    tally = convert("webvid", folder, videos(*names), out)
+    assert tally.rows == {"train.jsonl": 39, "val.jsonl": 2} and missing(out) == ["49", "2"]
+    assert written(out)["val.jsonl"] == captions(**{i: f'A "{i}", and' for i in "13"})
+    splits, notes = open_splits(out)
+    assert [len(splits[part]) for part in PARTS] == [37, 2, 2] and "is the test set" in notes[0]
+
+
+def test_webvid_columns_may_stand_in_another_order(release, videos, out):
+    """As in copies of 2021: videoid,name,page_idx,page_dir,duration,contentUrl."""
+    head = ["videoid", "name", "page_idx", "page_dir", "duration", "contentUrl"]
+    rows = table(head, [7, "a horse", 28620, "054101_054150", "PT00H00M24S", "https://ak.picdn.net/7.mp4"])
+    folder = release({"results_2M_train.csv": rows, "results_2M_val.csv": rows})
+    convert("webvid", folder, videos("7.mp4"), out)
+    assert written(out)["train.jsonl"] == captions(**{"7": "a horse"})
+
+
+def test_a_table_may_begin_with_a_mark_and_hold_bytes_that_are_no_text(release, videos, out):
+    rows = table(WEBVID, [1, "", "", "", "caf\xe9"], [2, "", "", "", "a dog"])
+    folder = release({"results_2M_train.csv": ""})
+    (folder / "results_2M_train.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode("latin-1"))
+    convert("webvid", folder / "results_2M_train.csv", videos("1.mp4", "2.mp4"), out)
+    assert [row["caption"] for row in written(out)["train.jsonl"]] == ["caf\ufffd", "a dog"]
+
+
+def test_webvid_rows_without_a_caption_are_left_out_and_counted(release, videos, out):
+    rows = webvid_rows(1, 2, 3)
+    rows[1][4] = " "
+    folder = release({"results_2M_train.csv": table(WEBVID, *rows)})
+    tally = convert("webvid", folder / "results_2M_train.csv", videos("1.mp4", "2.mp4", "3.mp4"), out)
+    assert tally.rows == {"train.jsonl": 2} and tally.empty == 1 and not tally.missing
+
+
+def msrvtt_info(*parts):
+    """Videos of these splits, numbered from 0, with two sentences each, as in MSR-VTT's files."""
+    return {"info": {"year": "2016"},
+            "videos": [{"category": 9, "url": "https://www.youtube.com/watch?v=9lZi22qLlEo",
+                        "video_id": f"video{i}", "start time": 137.72, "end time": 149.44, "split": part,
+                        "id": i} for i, part in parts],
+            "sentences": [{"caption": f"{say} {i}", "video_id": f"video{i}", "sen_id": 2 * i}
+                          for say in ("a car", "a dog") for i, _ in parts]}
+
+
+MSRVTT = ["train", "train", "train", "validate", "test", "test"]
+JSFUSION = table(["key", "vid_key", "video_id", "sentence"], ["ret0", "msr5", "video5", "the dog of test"])
+
+
+@pytest.mark.parametrize("files", ["one file", "two files"])
+def test_msrvtt_full_is_split_as_its_authors_do(release, videos, out, files):
+    whole = list(enumerate(MSRVTT))
+    folder = release({"MSRVTT_data.json": msrvtt_info(*whole)} if files == "one file" else
+                     {"train_val_videodatainfo.json": msrvtt_info(*whole[:4]),
+                      "test_videodatainfo.json": msrvtt_info(*whole[4:])})
+    convert("msrvtt", folder, videos(*(f"all/video{i}.mp4" for i in range(6))), out, "full")
+    found = written(out)
+    assert [len(found[f"{part}.jsonl"]) for part in PARTS] == [6, 2, 4]
+    assert found["val.jsonl"] == captions(video3="a car 3") + captions(video3="a dog 3")
+
+
+@pytest.mark.parametrize(
+    "split, listed, trained", [(None, "9k", "01234"), ("1k-A", "9k", "01234"), ("7k", "7k", "0123")]
+)
+def test_msrvtt_1k_has_one_caption_a_test_video(release, videos, out, split, listed, trained):
+    train = table(["video_id"], *([f"video{i}"] for i in trained))
+    folder = release({"MSRVTT_data.json": msrvtt_info(*enumerate(MSRVTT)),
+                      "MSRVTT_JSFUSION_test.csv": JSFUSION, f"MSRVTT_train.{listed}.csv": train})
+    convert("msrvtt", folder, videos(*(f"video{i}.mp4" for i in range(6))), out, split)
+    found = written(out)
+    assert found["test.jsonl"] == captions(video5="the dog of test")
+    assert sorted({row["video"] for row in found["train.jsonl"]}) == [f"video{i}.mp4" for i in trained]
+    assert len(found["train.jsonl"]) == 2 * len(trained)
+    splits, notes = open_splits(out)
+    assert len(splits["test"]) == 1 and len(splits["val"]) == 2 and "val cut from train" in notes[0]
+
+
+def qa(*ids):
+    return [{"answer": "couch", "category_id": 14, "id": n, "question": f"what is {i} on?", "video_id": i}
+            for n, i in enumerate(ids)]
+
+
+def test_msrvtt_qa_numbers_are_the_videos(release, videos, out):
+    folder = release({"train_qa.json": qa(0, 0, 1), "val_qa.json": qa(2), "test_qa.json": qa(3, 4)})
+    tally = convert("msrvtt-qa", folder, videos(*(f"video{i}.mp4" for i in range(4))), out)
+    assert tally.rows == {"qa_train.jsonl": 3, "qa_val.jsonl": 1, "qa_test.jsonl": 1}
+    assert missing(out) == ["video4"]
+    row = {"video": "video3.mp4", "question": "what is 3 on?", "answer": "couch"}
+    assert written(out)["qa_test.jsonl"] == [row]
+    assert len(open_splits(out, "qa")[0]["train"]) == 3
+
+
+@pytest.mark.parametrize("name", ["-4wsuPCjDBc_5_15.avi", "vid1.avi"])
+def test_msvd_clips_go_by_youtube_id_or_by_number(release, videos, out, name):
+    mapping = "-4wsuPCjDBc_5_15 vid1\n-7KMZQEsJW4_205_208 vid2"
+    folder = release({f"{part}_qa.json": qa(1, 2) for part in PARTS} | {"youtube_mapping.txt": mapping})
+    convert("msvd-qa", folder, videos(name), out)
+    assert {row["video"] for row in written(out)["qa_val.jsonl"]} == {name}
+    assert missing(out) == ["-7KMZQEsJW4_205_208"]
+
+
+CHOICES = ["a car", "a dog", "a man", "a tree", "a cat"]
+CLIPBERT_MC = {"qid": 0, "clip_name": "video7010", "options": CHOICES, "answer": 3}
+
+
+def jsfusion_mc(*rows):
+    return table(["key", "vid_key", *COLUMNS, "answer"], *rows, delimiter="\t")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("MSR_MC_test.csv", jsfusion_mc(["MC0", "msr7010", *CHOICES, 3])),
+        ("msrvtt_retrieval_mc_test.jsonl", CLIPBERT_MC),
+        ("msrvtt_mc_test.jsonl", CLIPBERT_MC | {"answer": "3"}),
+    ],
+)
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_msrvtt_mc_is_a_test_set_of_five_captions(release, videos, out, name, content, given):
+    folder = release({name: content})
+    convert("msrvtt-mc", folder / name if given == "file" else folder, videos("video7010.mp4"), out)
+    row = {"video": "video7010.mp4", "question": "", "options": CHOICES, "answer": 3}
+    assert written(out) == {"mc_caption_test.jsonl": [row]}
+    assert len(open_split(out, "test", "mc_caption")) == 1
+
+
+def test_tgif_gifs_are_split_by_url(release, videos, out):
+    urls = [f"https://38.media.tumblr.com/9f6c{i}/tumblr_mev{i}o1_500.gif" for i in range(5)]
+    texts = ["a man", 'a "man"', "a dog", '"hi" says a cat', '"hi says a man']  # quotes are text
+    folder = release({"tgif-v1.0.tsv": "".join(f"{url}\t{text}\n" for url, text in zip(urls, texts)),
+                      "splits/train.txt": f"{urls[0]}\n{urls[1]}\n", "splits/val.txt": f"{urls[2]}\n",
+                      "splits/test.txt": f"{urls[3]}\n{urls[4]}\n"})
+    convert("tgif", folder, videos(*(url.split("/")[-1] for url in urls)), out)
+    found = written(out)
+    assert [len(found[f"{part}.jsonl"]) for part in PARTS] == [2, 1, 2]
+    assert [row["caption"] for row in found["test.jsonl"]] == texts[3:]
+    assert found["test.jsonl"][1]["video"] == "tumblr_mev4o1_500.gif"
+
+
+ACTIONS = ["hop", 'say "no"', "run", "nod", "sit"]
+
+
+def tgif_qa_files():
+    """Tables with tabs, CRLF and quotes where a text holds some, as pandas writes them."""
+    choices = ["gif_name", "question", *COLUMNS, "answer", "vid_id", "key"]
+    words = ["gif_name", "question", "answer", "type", "vid_id", "key", "description"]
+    files, layout = {}, {"delimiter": "\t", "end": "\r\n"}
+    for part in ("Train", "Test"):
+        row = [f"tumblr_{part}", "how many dogs ?", "two", 1, "FRAMEQA3", 25889, "two dogs ."]
+        files[f"{part}_frameqa_question.csv"] = table(words, row, **layout)
+        for kind in ("action", "transition"):
+            row = [f"tumblr_{part}", f"What is the {kind} ?", *ACTIONS, 1, "ACTION1", 5]
+            files[f"{part}_{kind}_question.csv"] = table(choices, row, **layout)
+    return files
+
+
+def test_tgif_qa_has_two_sets_of_choices_and_one_of_words(release, videos, out):
+    convert("tgif-qa", release(tgif_qa_files()), videos("tumblr_Train.gif", "tumblr_Test.gif"), out)
+    found = written(out)
+    assert sorted(found) == sorted(f"{task}_{part}.jsonl" for task in ("mc_action", "mc_transition", "qa")
+                                   for part in ("train", "test"))
+    assert found["mc_action_test.jsonl"] == [{
+        "video": "tumblr_Test.gif", "question": "What is the action ?", "options": ACTIONS, "answer": 1}]
+    assert found["qa_train.jsonl"] == [
+        {"video": "tumblr_Train.gif", "question": "how many dogs ?", "answer": "two"}]
+
+
+def moments(*told):
+    return [{"num_segments": 6, "description": text, "dl_link": "https://www.flickr.com", "times": times,
+             "video": video, "annotation_id": 1} for video, text, times in told]
+
+
+def test_didemo_descriptions_make_a_paragraph_in_order_of_time(release, videos, out):
+    told = moments(("2@N04_1_a.m4v", "the end.", [[4, 5], [4, 4], [0, 0]]),
+                   ("3@N01_2_b.", "another", [[1, 1]]),
+                   ("2@N04_1_a.m4v", "the start.", [[0, 0], [0, 1], [5, 5]]),
+                   ("2@N04_1_a.m4v", "still", [[0, 2]]))
+    folder = release({f"{part}_data.json": told for part in PARTS})
+    convert("didemo", folder, videos("2@N04_1_a.m4v", "3@N01_2_b.mp4"), out)
+    assert written(out)["test.jsonl"] == [
+        {"video": "2@N04_1_a.m4v", "caption": "the start. still the end."},
+        {"video": "3@N01_2_b.mp4", "caption": "another"}]
+
+
+@pytest.mark.parametrize("name", ["2@N04_1_a.mov", "2@N04_1_a.mp4", "2@N04_1_a.mov.mp4"])
+def test_a_didemo_video_of_two_endings_is_one_video(release, videos, out, name):
+    told = moments(("2@N04_1_a.mp4", "later", [[2, 2]]), ("2@N04_1_a.mov", "first", [[0, 0]]))
+    folder = release({f"{part}_data.json": told for part in PARTS})
+    convert("didemo", folder, videos(name), out)
+    assert written(out)["val.jsonl"] == [{"video": name, "caption": "first later"}]
+
+
+@pytest.mark.parametrize("split", [None, "2", "3"])
+def test_hmdb51_clips_of_a_split_are_train_test_or_unused(release, videos, out, split):
+    used = int(split or 1)
+    labels = ("brush_hair", "ride_bike")
+    files = {f"{label}_test_split{n}.txt": [(f"{n}_{label}_{part}.avi", part) for part in (1, 2, 0)]
+             for label in labels for n in (1, 2, 3)}
+    folder = release({file: "".join(f"{clip} {n} \n" for clip, n in rows) for file, rows in files.items()})
+    names = [f"{file.split('_test')[0]}/{clip}" for file, rows in files.items() for clip, _ in rows]
+    convert("hmdb51", folder, videos(*names), out, split)
+    assert written(out) == {
+        f"action_{part}.jsonl": [{"video": f"{used}_{label}_{n}.avi", "label": label} for label in labels]
+        for part, n in (("train", 1), ("test", 2))}
+
+
+@pytest.mark.parametrize("val", ["val.csv", "validate.csv"])
+def test_kinetics_clips_go_by_id_and_times(release, videos, out, val):
+    head = ["label", "youtube_id", "time_start", "time_end", "split", "is_cc"][: 6 if val == "val.csv" else 5]
+    rows = [["air drumming", "--nQbRBEz2s", 104, 114, "val", 0],
+            ["petting animal (not cat)", "-Aw1GOyNtlI", 13, 23, "val", 0]]
+    clips = table(head, *(row[: len(head)] for row in rows))
+    folder = release({"train.csv": clips, val: clips, "test.csv": "youtube_id,time_start\nx,1\n"})
+    names = ["val/air drumming/--nQbRBEz2s_000104_000114.mp4", "-Aw1GOyNtlI.mkv"]
+    convert("kinetics400", folder, videos(*names), out)
+    assert written(out)["action_val.jsonl"] == [
+        {"video": "--nQbRBEz2s_000104_000114.mp4", "label": "air drumming"},
+        {"video": "-Aw1GOyNtlI.mkv", "label": "petting animal (not cat)"}]
+    assert sorted(written(out)) == ["action_train.jsonl", "action_val.jsonl"]
+
+
+def test_coco_captions_cut_a_vocabulary_as_the_closing_line_says(release, tmp_path, command, out):
+    entries = [{"image_id": 1, "id": 1, "caption": text} for text in ("A man\nrides. ", "Two men")]
+    told = {"info": {}, "annotations": entries}
+    folder = release({f"captions_{part}2017.json": told for part in ("train", "val")})
+    code, said, _ = command("coco-captions", "--annotations", folder, "--out", out)
+    assert code == 0 and (out / "captions.txt").read_text() == "A man rides.\nTwo men\n" * 2
+    assert os.listdir(out) == ["captions.txt"]
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocab = ["[unused0]", *special, *(f"word{i}" for i in range(20)), "men", "man", "two"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    suggested = said.split("Beside BERT's vocab.txt: python")[1].split("; then python")[0]
+    subprocess.run(f"{sys.executable}{suggested}", shell=True, check=True, cwd=tmp_path,
+                   env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    words = (out / "vocab.txt").read_text().split("\n")
+    assert words[:8] == [*special, "men", "man", "two"] and len(words) == 10
+
+
+# ---- videos ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(release):
+    """A set of two questions, on video0 and video1."""
+    return release({f"{part}_qa.json": qa(0, 1) for part in PARTS})
+
+
+def test_paths_are_relative_where_the_videos_lie_inside(two, tmp_path, monkeypatch, out):
+    (out / "all").mkdir(parents=True)
+    for name in ("video0.mp4", "all/video1.webm"):
+        (out / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for videos in (Path("out"), out):
+        convert("msrvtt-qa", two, videos, Path("out"))
+        assert [row["video"] for row in rows_of(out / "qa_val.jsonl")] == ["video0.mp4", "all/video1.webm"]
+
+
+def test_paths_are_absolute_where_the_videos_lie_elsewhere(two, videos, tmp_path, monkeypatch, out):
+    videos("video0.mp4", "video1.mp4")
+    monkeypatch.chdir(tmp_path)
+    convert("msrvtt-qa", two, Path("videos"), Path("out"))
+    manifest = open_split(out, "test", "qa")
+    assert manifest[0]["video"] == str(tmp_path / "videos/video0.mp4")
+    assert manifest.video_path(manifest[1]) == tmp_path / "videos/video1.mp4"
+
+
+def test_the_loader_reads_a_converted_clip(two, tmp_path, out):
+    from PIL import Image
+
+    for i in range(2):
+        (tmp_path / "gifs").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (0, 0, 250 * i)).save(tmp_path / f"gifs/video{i}.gif")
+    convert("msrvtt-qa", two, tmp_path / "gifs", out)
+    manifest = open_split(out, "test", "qa")
+    assert read_clip(manifest.video_path(manifest[1]))[0].shape == (1, 8, 8, 3)
+
+
+def test_any_usual_ending_is_found_and_of_two_the_first_path(two, videos, out):
+    folder = videos("b/video0.mp4", "a/video0.webm", "a/video0.AVI", "a/video0.mkv", "a/video0.mov",
+                    "video0.txt", "video1.json", "video1.mp4.part", "deep/er/video1.mkv")
+    convert("msrvtt-qa", two, folder, out)
+    assert [row["video"] for row in written(out)["qa_val.jsonl"]] == ["video0.AVI", "video1.mkv"]
+
+
+def test_linked_folders_are_walked_too(two, videos, tmp_path, out):
+    videos("video0.mp4", "video1.mp4")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/all").symlink_to(tmp_path / "videos")
+    convert("msrvtt-qa", two, tmp_path / "links", out)
+    assert rows_of(out / "qa_val.jsonl")[0]["video"] == str(tmp_path / "links/all/video0.mp4")
+
+
+def test_the_disk_is_walked_once(two, videos, out, monkeypatch):
+    walk, walks = os.walk, []
+    monkeypatch.setattr(public.os, "walk", lambda *given, **how: walks.append(given) or walk(*given, **how))
+    convert("msrvtt-qa", two, videos("video0.mp4", "video1.mp4"), out)
+    assert len(walks) == 1
+
+
+def test_a_missing_video_is_listed_once(release, videos, out):
+    folder = release({"train_qa.json": qa(0, 5, 5, 6), "val_qa.json": qa(0, 5), "test_qa.json": qa(0, 6)})
+    tally = convert("msrvtt-qa", folder, videos("video0.mp4"), out)
+    assert missing(out) == ["video5", "video6"] and set(tally.rows.values()) == {1}
+    convert("msrvtt-qa", folder, videos("video5.mp4", "video6.mp4"), out)
+    assert missing(out) == [] and len(rows_of(out / "qa_train.jsonl")) == 4
+
+
+# ---- streaming ---------------------------------------------------------------------------------------------
+
+
+def test_webvid_gives_rows_before_it_has_read_the_table(tmp_path):
+    path = tmp_path / "results_2M_train.csv"
+    path.write_text(table(WEBVID, *webvid_rows(*range(3000))) + "cut of")
+    rows = public.webvid(path)
+    assert inspect.isgenerator(rows) and next(rows)[0] == "train.jsonl"
+    with pytest.raises(DataError, match="results_2M_train.csv:3002: has no"):
+        list(rows)
+
+
+def test_webvid_memory_does_not_grow_with_rows(release, videos, out):
+    def peak(rows):
+        folder = release({"results_2M_train.csv": table(WEBVID, *webvid_rows(*[1, 2, 3] * (rows // 3)))})
+        tracemalloc.start()
+        convert("webvid", folder / "results_2M_train.csv", videos("1.mp4", "2.mp4", "3.mp4"), out)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(300)
+    assert peak(9000) < peak(900) + 100_000  # the table of 9,000 rows has a megabyte
+
+
+# ---- errors: one line, status 2, nothing left --------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(*arguments) runs the command -> (exit status, what it said, its complaint)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["public", *map(str, arguments)])
+        try:
+            public.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_the_command_tells_what_it_found(two, videos, tmp_path, command, out):
+    code, said, _ = command("msrvtt-qa", "--annotations", two, "--videos", videos("video1.mp4"), "--out", out)
+    assert code == 0
+    assert "qa_train.jsonl 1, qa_val.jsonl 1, qa_test.jsonl 1; videos: 1 found, 1 missing" in said
+    assert f"{tmp_path}/out/missing.txt lists the missing ones; their rows are left out" in said
+
+
+def test_the_command_tells_what_is_cut_from_train(release, videos, out, command):
+    rows = table(WEBVID, *webvid_rows(*range(10)))
+    folder = release({"results_2M_train.csv": rows, "results_2M_val.csv": rows})
+    clips = videos(*(f"{i}.mp4" for i in range(10)))
+    _, said, _ = command("webvid", "--annotations", folder, "--videos", clips, "--out", out)
+    assert "no test.jsonl, so val.jsonl is the test set; val cut from train by video: train 8 lines" in said
+
+
+def test_the_command_runs_as_a_module(two, videos, out):
+    command = [sys.executable, "-m", "toy_data.public", "msrvtt-qa", "--annotations", two, "--out", out]
+    done = subprocess.run([*command, "--videos", videos("video7.mp4")], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1])
+    assert done.returncode == 2 and done.stderr.startswith("error: --videos") and done.stderr.count("\n") == 1
+
+
+FILES_NEEDED = {
+    "webvid": "results_2M_train.csv", "msrvtt": "MSRVTT_data.json or train_val_videodatainfo.json",
+    "msrvtt-qa": "train_qa.json", "msrvtt-mc": "MSR_MC_test.csv or msrvtt_retrieval_mc_test.jsonl",
+    "msvd-qa": "youtube_mapping.txt", "tgif": "splits/train.txt", "tgif-qa": "Train_action_question.csv",
+    "didemo": "train_data.json", "hmdb51": "brush_hair_test_split1.txt", "kinetics400": "train.csv",
+    "coco-captions": "captions_train2017.json",
+}
+
+
+@pytest.mark.parametrize("name", public.CONVERTERS)
+def test_a_file_that_a_set_needs_is_named(release, videos, tmp_path, command, name, out):
+    folder = release({"readme.txt": "nothing"})
+    clips, out = videos("a.mp4"), tmp_path / "x/out"
+    code, _, complaint = command(name, "--annotations", folder, "--videos", clips, "--out", out)
+    assert code == 2 and complaint.startswith(f"error: {folder}: has no {FILES_NEEDED[name]}")
+    assert complaint.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "name, file, content, wrong",
+    [
+        ("webvid", "results_2M_train.csv", table(WEBVID[:4], [1, 2, 3, 4]), ':2: has no "name"'),
+        ("webvid", "results_2M_train.csv", table(WEBVID, *webvid_rows(1), [2, "cut"]), ':3: has no "name"'),
+        ("webvid", "results_2M_train.csv", "", ": has no rows"),
+        ("webvid", "results_2M_train.csv", table(WEBVID, ["1" * 200_000]), ":2: is not a table"),
+        ("msrvtt-qa", "val_qa.json", qa(0)[0:1] + [{"question": "what?"}], ': entry 2: has no "answer"'),
+        ("msrvtt-qa", "val_qa.json", "[{", ": is not JSON"),
+        ("msrvtt-qa", "val_qa.json", {"a": 1}, ": is no list"),
+        ("msrvtt-qa", "val_qa.json", [3], ': entry 1: has no "question"'),
+        ("msrvtt-qa", "val_qa.json", [qa(0)[0] | {"answer": ["couch"]}], ': entry 1: "answer" is not a text'),
+        ("coco-captions", "captions_val2017.json", {"images": []}, ": is no list of annotations"),
+        ("msrvtt-mc", "MSR_MC_test.csv", jsfusion_mc(["MC0", "msr0", *CHOICES, 5]), ':2: "answer" is not'),
+        ("msrvtt-mc", "MSR_MC_test.csv", jsfusion_mc(["MC0", "msr0", *CHOICES, "x"]), ':2: "answer" is not'),
+        ("msrvtt-mc", "MSR_MC_test.csv", jsfusion_mc(["MC0", "msr0", *CHOICES]), ':2: has no "answer"'),
+        ("msrvtt-mc", "msrvtt_mc_test.jsonl", CLIPBERT_MC | {"options": CHOICES[1:]}, ":1: has 4 options"),
+        ("msrvtt-mc", "msrvtt_mc_test.jsonl", '\n{"clip_name":', ":1: is not JSON"),
+        ("hmdb51", "brush_hair_test_split1.txt", "0.avi 1\n1.avi 7\n", ":2: is in none of train, val and"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_place(release, videos, out, command, name, file, content, wrong):
+    folder = release({file: content})
+    clips = videos("video0.mp4", "0.avi", "1.mp4")
+    code, _, complaint = command(name, "--annotations", folder / file, "--videos", clips, "--out", out)
+    assert code == 2 and complaint.startswith(f"error: {folder / file}{wrong}") and complaint.count("\n") == 1
+    assert not (out).exists()
+
+
+def test_an_unknown_split_of_msrvtt_is_named(release, videos, out):
+    folder = release({"MSRVTT_data.json": msrvtt_info((0, "train"), (1, "../../elsewhere"))})
+    with pytest.raises(DataError, match="entry 2: is in none of train, val and test"):
+        convert("msrvtt", folder, videos("video0.mp4", "video1.mp4"), out, "full")
+
+
+@pytest.mark.parametrize("held", [[], ["video7.mp4"]])
+def test_a_set_without_any_of_its_videos_is_an_error(two, videos, tmp_path, command, held, out):
+    clips = videos("nothing.txt", *held)
+    code, _, complaint = command("msrvtt-qa", "--annotations", two, "--videos", clips, "--out", out)
+    assert code == 2 and "has no video of qa_train.jsonl; 2 are missing, video0 for one" in complaint
+    assert not (out).exists()
+
+
+def test_a_split_without_any_of_its_videos_is_an_error(release, videos, out):
+    """It would be left out, and another split would pass for it."""
+    folder = release({"train_qa.json": qa(0), "val_qa.json": qa(0), "test_qa.json": qa(1)})
+    with pytest.raises(DataError, match="has no video of qa_test.jsonl; 1 are missing, video1"):
+        convert("msrvtt-qa", folder, videos("video0.mp4"), out)
+
+
+@pytest.mark.parametrize(
+    "change, wrong",
+    [
+        ({"--annotations": "gone"}, "--annotations gone: is not there"),
+        ({"--videos": "gone"}, "--videos gone: is not a folder"),
+        ({"--videos": None}, "--videos None: is not a folder"),
+        ({"--split": "1"}, "--split 1: msrvtt-qa has one split: leave the flag out"),
+    ],
+)
+def test_a_bad_flag_is_named(two, videos, out, command, change, wrong):
+    flags = {"--annotations": two, "--videos": videos("video0.mp4"), "--out": out} | change
+    code, _, complaint = command("msrvtt-qa", *itertools.chain(*(pair for pair in flags.items() if pair[1])))
+    assert code == 2 and complaint.startswith(f"error: {wrong}") and not (out).exists()
+
+
+def test_the_splits_that_a_set_has_are_named(release, tmp_path, out):
+    with pytest.raises(DataError, match="--split 1k: msrvtt has 1k-A, 7k, full"):
+        convert("msrvtt", release({}), tmp_path, out, "1k")
+
+
+def test_files_of_another_conversion_are_not_mixed_in(two, videos, tmp_path, out):
+    videos("video0.mp4")
+    (out).mkdir()
+    (out / "qa_val.jsonl").write_text("as it was")
+    with pytest.raises(DataError, match="qa_val.jsonl: is of another conversion"):
+        convert("msrvtt-qa", two / "test_qa.json", tmp_path / "videos", out)
+    assert os.listdir(out) == ["qa_val.jsonl"]
+    convert("msrvtt-qa", two, tmp_path / "videos", out)  # all three: the old one is replaced
+    assert len(rows_of(out / "qa_val.jsonl")) == 1
+
+
+def test_an_error_leaves_an_earlier_conversion_as_it_was(two, videos, out, release):
+    folder = videos("video0.mp4", "video1.mp4")
+    convert("msrvtt-qa", two, folder, out)
+    before = {path.name: path.read_bytes() for path in (out).iterdir()}
+    release({"test_qa.json": "[{}]"})
+    with pytest.raises(DataError, match="test_qa.json: entry 1"):
+        convert("msrvtt-qa", two, folder, out)
+    assert {path.name: path.read_bytes() for path in (out).iterdir()} == before
+
+
+def test_sets_of_different_tasks_share_a_folder(two, release, videos, out):
+    folder = videos("video0.mp4", "video1.mp4")
+    convert("msrvtt-qa", two, folder, out)
+    convert("msrvtt-mc", release({"MSR_MC_test.csv": jsfusion_mc(["MC0", "msr0", *CHOICES, 0])}), folder, out)
+    assert sorted(written(out)) == ["mc_caption_test.jsonl", *sorted(f"qa_{part}.jsonl" for part in PARTS)]

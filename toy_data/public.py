@@ -1,0 +1,485 @@
+"""Public sets, as their authors publish them, into the one format. Nothing is downloaded.
+
+    python -m toy_data.public msvd-qa --annotations MSVD-QA --videos YouTubeClips --out data/msvd-qa
+
+A set's converter yields (file to write, place, names, row): where the row was read, for messages; the names
+that its video may have, whatever their endings; the row without "video". Where a set publishes no val or no
+test, none is written: open_splits cuts it from train by video, as it does for anybody's clips.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import re
+import shutil
+import statistics
+import sys
+import uuid
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from tqdm import tqdm
+
+from toy_data.clips import FIELDS, DataError, Manifest, find_fault, open_splits
+
+# The last is for names that end in a dot, of which DiDeMo has some.
+ENDINGS = {".mp4", ".avi", ".mkv", ".webm", ".gif", ".webp", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv",
+           ".3gp", ".3g2", ".mts", ".m2ts", ".npy", "."}
+FILE = re.compile(r"(?:(qa|action|mc_[a-z]+)_)?(?:train|val|test)\.jsonl|captions\.txt")
+PARTS = ("train", "val", "test")
+OPTIONS = ("a1", "a2", "a3", "a4", "a5")
+MEND = "give the file as the authors of the set publish it"
+
+
+# ---- the sets ----------------------------------------------------------------------------------------------
+
+
+def webvid(annotations):
+    """WebVid-2.5M (Bain et al. 2021; github.com/m-bain/webvid, where it has had to be withdrawn).
+
+    results_2M_train.csv and results_2M_val.csv have the columns videoid, contentUrl, duration, page_dir and
+    name, the caption, in any order; the videos are PAGE_DIR/VIDEOID.mp4. A few captions are empty.
+    """
+    files = {"results_2M_train.csv": "train.jsonl", "results_2M_val.csv": "val.jsonl"}
+    for path, file in files_of(annotations, files):
+        for place, row in read(path, "videoid", "name"):
+            yield file, place, [row["videoid"]], {"caption": row["name"]}
+
+
+def msrvtt(annotations, split):
+    """MSR-VTT (Xu et al. 2016): 10,000 videos, videoN.mp4, of 20 captions each.
+
+    train_val_videodatainfo.json and test_videodatainfo.json, or both in one MSRVTT_data.json, hold "videos"
+    (video_id, split: train, validate or test) and "sentences" (video_id, caption). `full` is their own split,
+    6,513/497/2,990. `1k-A` is JSFusion's (Yu et al. 2018): MSRVTT_JSFUSION_test.csv (key, vid_key, video_id,
+    sentence) has 1,000 videos with one caption each, MSRVTT_train.9k.csv (video_id) the other 9,000. `7k`
+    trains on MSRVTT_train.7k.csv, the 7,010 of train and validate (github.com/ArrowLuo/CLIP4Clip has all).
+    """
+    infos = [one_of(annotations, "MSRVTT_data.json|train_val_videodatainfo.json")]
+    if infos[0].name != "MSRVTT_data.json":
+        infos.append(one_of(annotations, "test_videodatainfo.json"))
+    if split == "full":
+        videos = [row for info in infos for _, row in read(info, "video_id", "split", key="videos")]
+        part_of = {row["video_id"]: {"validate": "val"}.get(row["split"], row["split"]) for row in videos}
+    else:
+        train = one_of(annotations, f"MSRVTT_train.{'9k' if split == '1k-A' else '7k'}.csv")
+        part_of = {row["video_id"]: "train" for _, row in read(train, "video_id")}
+        for place, row in read(one_of(annotations, "MSRVTT_JSFUSION_test.csv"), "video_id", "sentence"):
+            yield "test.jsonl", place, [row["video_id"]], {"caption": row["sentence"]}
+    for info in infos:
+        for place, row in read(info, "video_id", "caption", key="sentences"):
+            if row["video_id"] in part_of:
+                file = f"{part_of[row['video_id']]}.jsonl"
+                yield file, place, [row["video_id"]], {"caption": row["caption"]}
+
+
+def msrvtt_qa(annotations):
+    """MSRVTT-QA (Xu et al. 2017; github.com/xudejing/video-question-answering) on MSR-VTT's videoN.mp4."""
+    return open_questions(annotations, lambda number: [f"video{number}"])
+
+
+def msvd_qa(annotations):
+    """MSVD-QA, of the same release, on MSVD (Chen and Dolan 2011): 1,970 clips, YOUTUBEID_START_END.avi.
+
+    youtube_mapping.txt has a clip and its number a line, `-4wsuPCjDBc_5_15 vid1`; some have it as vid1.avi.
+    """
+    path = one_of(annotations, "youtube_mapping.txt")
+    clips = {row["vid"]: row["clip"] for _, row in read(path, "clip", "vid", head=False, delimiter=" ")}
+    return open_questions(annotations, lambda n: [clips.get(f"vid{n}", f"vid{n}"), f"vid{n}"])
+
+
+def open_questions(annotations, names_of):
+    """{train,val,test}_qa.json: a list of {answer, category_id, id, question, video_id}, a number."""
+    for path, file in files_of(annotations, {f"{part}_qa.json": f"qa_{part}.jsonl" for part in PARTS}):
+        for place, row in read(path, "question", "answer", "video_id"):
+            answer = {"question": row["question"], "answer": row["answer"]}
+            yield file, place, names_of(row["video_id"]), answer
+
+
+def msrvtt_mc(annotations):
+    """MSRVTT-MC (Yu et al. 2018): for 2,990 videos the right one of five captions. It is a test set alone.
+
+    JSFusion's MSR_MC_test.csv (github.com/yj-yu/lsmdc) has tabs and the columns key, vid_key (msr7010 is
+    video7010), a1 to a5, answer from 0. ClipBERT's msrvtt_retrieval_mc_test.jsonl, all-in-one's
+    msrvtt_mc_test.jsonl, is the same in lines of {qid, clip_name, options, answer}.
+    """
+    names = "MSR_MC_test.csv|msrvtt_retrieval_mc_test.jsonl|msrvtt_mc_test.jsonl"
+    [(path, file)] = files_of(annotations, {names: "mc_caption_test.jsonl"})
+    if path.suffix == ".csv":
+        for place, row in read(path, "vid_key", *OPTIONS, "answer", delimiter="\t"):
+            options = [row[option] for option in OPTIONS]
+            yield file, place, [row["vid_key"].replace("msr", "video")], choice("", options, row["answer"])
+    else:
+        for place, row in read(path, "clip_name", "options", "answer"):
+            yield file, place, [row["clip_name"]], choice("", row["options"], row["answer"])
+
+
+def tgif(annotations):
+    """TGIF (Li et al. 2016; github.com/raingo/TGIF-Release, folder data): 102,068 GIFs.
+
+    tgif-v1.0.tsv has the URL of a GIF and a caption a line, no head, no quoting; splits/train.txt, val.txt
+    and test.txt a URL a line. A GIF's name is the last part of its URL. In test each has three captions.
+    """
+    part_of = {}
+    for part in PARTS:
+        for _, row in read(one_of(annotations, f"splits/{part}.txt"), "url", head=False):
+            part_of[row["url"]] = part
+    path, layout = one_of(annotations, "tgif-v1.0.tsv"), {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    for place, row in read(path, "url", "caption", head=False, **layout):
+        if row["url"] in part_of:
+            file = f"{part_of[row['url']]}.jsonl"
+            yield file, place, [row["url"].rpartition("/")[2]], {"caption": row["caption"]}
+
+
+def tgif_qa(annotations):
+    """TGIF-QA (Jang et al. 2017; github.com/YunseokJANG/tgif-qa, folder dataset) on TGIF's GIFs.
+
+    {Train,Test}_{action,transition,frameqa}_question.csv have tabs and the columns gif_name, question, a1 to
+    a5 (not frameqa), answer (from 0; frameqa's is a word), vid_id, key. The paper leaves counting out.
+    """
+    kinds = {"action": "mc_action", "transition": "mc_transition", "frameqa": "qa"}
+    files = {f"{part.title()}_{kind}_question.csv": f"{task}_{part}.jsonl"
+             for kind, task in kinds.items() for part in ("train", "test")}
+    for path, file in files_of(annotations, files):
+        options = () if file.startswith("qa") else OPTIONS
+        for place, row in read(path, "gif_name", "question", *options, "answer", delimiter="\t"):
+            answer = {"question": row["question"], "answer": row["answer"]}
+            if options:
+                answer = choice(row["question"], [row[option] for option in options], row["answer"])
+            yield file, place, [row["gif_name"]], answer
+
+
+def didemo(annotations):
+    """DiDeMo (Hendricks et al. 2017; github.com/LisaAnne/LocalizingMoments, folder data), as paragraphs.
+
+    {train,val,test}_data.json: a list of {video, description, times, ...}; `times` are the [first, last] five
+    seconds that each annotator marked. A video's descriptions make one caption, in the order of the moments
+    by the annotators' median. Videos have many endings, and some have two: the rows of X.mov and X.mp4 are
+    of one video. The release's script for AWS saves it as X.mov.mp4.
+    """
+    for path, file in files_of(annotations, {f"{part}_data.json": f"{part}.jsonl" for part in PARTS}):
+        moments = defaultdict(list)
+        for place, row in read(path, "video", "description", "times"):
+            when = [statistics.median(ends) for ends in zip(*row["times"])]  # [first, last]
+            moments[os.path.splitext(row["video"])[0]].append((when, place, row))
+        for told in moments.values():
+            told.sort(key=lambda moment: moment[0])
+            names = [row["video"] for _, _, row in told]
+            yield file, told[0][1], names, {"caption": " ".join(row["description"] for _, _, row in told)}
+
+
+def hmdb51(annotations, split):
+    """HMDB51 (Kuehne et al. 2011; serre-lab.clps.brown.edu): three splits of 70 and 30 clips a class.
+
+    Folder testTrainMulti_7030_splits: CLASS_test_splitN.txt has `NAME.avi 1` a line; 1 is train, 2 is test,
+    0 is neither.
+    """
+    ending = f"_test_split{split}.txt"
+    for path in sorted(one_of(annotations, f"brush_hair{ending}").parent.glob(f"*{ending}")):
+        for place, row in read(path, "clip", "part", head=False, delimiter=" "):
+            if row["part"] != "0":
+                part = {"1": "train", "2": "test"}.get(row["part"])
+                yield f"action_{part}.jsonl", place, [row["clip"]], {"label": path.name.removesuffix(ending)}
+
+
+def kinetics400(annotations):
+    """Kinetics-400 (Kay et al. 2017; github.com/cvdfoundation/kinetics-dataset).
+
+    train.csv and val.csv (at first validate.csv) have the columns label, youtube_id, time_start, time_end,
+    split and, later, is_cc; the clips are YOUTUBEID_000001_000011.mp4, some tools leave the times out. For
+    years test.csv had no labels, so everybody reports val, and so does open_splits, which makes it the test.
+    """
+    files = {"train.csv": "action_train.jsonl", "val.csv|validate.csv": "action_val.jsonl"}
+    for path, file in files_of(annotations, files):
+        for place, row in read(path, "label", "youtube_id", "time_start", "time_end"):
+            clip = f"{row['youtube_id']}_{row['time_start'].zfill(6)}_{row['time_end'].zfill(6)}"
+            yield file, place, [clip, row["youtube_id"]], {"label": row["label"]}
+
+
+def coco_captions(annotations):
+    """COCO's captions (Chen et al. 2015; cocodataset.org), by which the paper cuts BERT's vocabulary (4.1).
+
+    captions_train2017.json and captions_val2017.json: "annotations" is a list of {image_id, id, caption}.
+    captions.txt gets a caption a line; there are no videos.
+    """
+    files = {f"captions_{part}2017.json": "captions.txt" for part in ("train", "val")}
+    for path, file in files_of(annotations, files):
+        for place, row in read(path, "caption", key="annotations"):
+            yield file, place, None, " ".join(str(row["caption"]).split())
+
+
+def choice(question, options, answer):
+    """An answer may come in digits; what is no number stays as it is, for the check to name."""
+    answer = int(answer) if str(answer).isdecimal() else answer
+    return {"question": question, "options": options, "answer": answer}
+
+
+CONVERTERS = {
+    "webvid": webvid, "msrvtt": msrvtt, "msrvtt-qa": msrvtt_qa, "msrvtt-mc": msrvtt_mc, "msvd-qa": msvd_qa,
+    "tgif": tgif, "tgif-qa": tgif_qa, "didemo": didemo, "hmdb51": hmdb51, "kinetics400": kinetics400,
+    "coco-captions": coco_captions,
+}
+SPLITS = {"msrvtt": ("1k-A", "7k", "full"), "hmdb51": ("1", "2", "3")}  # the first is the default
+
+
+# ---- reading a release -------------------------------------------------------------------------------------
+
+
+def one_of(annotations, names):
+    """The path of a file of the release; `a|b` is a, or else b."""
+    folder = annotations if annotations.is_dir() else annotations.parent
+    for name in names.split("|"):
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{folder}: has no {names.replace('|', ' or ')}; give --annotations the folder with it")
+
+
+def files_of(annotations, files):
+    """(path, file to write) for each file of the release, or for the one that --annotations names."""
+    for names, file in files.items():
+        if annotations.is_file() and annotations.name in names.split("|"):
+            return [(annotations, file)]
+    return [(one_of(annotations, names), file) for names, file in files.items()]
+
+
+def read(path, *fields, key=None, head=True, **dialect):
+    """(place, row) for each row of a table, of JSONL, or of the list that JSON is, or holds under `key`.
+
+    Every row must have the `fields`; a table without a head has these columns. Tables may have millions of
+    rows, and are read row by row.
+    """
+    if path.suffix == ".json":
+        rows = read_json(path, key)
+    elif path.suffix == ".jsonl":
+        rows = read_lines(path)
+    else:
+        rows = read_table(path, None if head else fields, dialect)
+    for place, row in rows:
+        for field in fields:
+            if type(row) is not dict or row.get(field) is None:
+                raise DataError(f'{place}: has no "{field}"; {MEND}')
+        yield place, row
+
+
+def read_table(path, columns, dialect):
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = csv.DictReader(file, columns, **dialect)
+        try:
+            for row in rows:
+                yield f"{path}:{rows.line_num}", row
+        except csv.Error as error:
+            raise DataError(f"{path}:{rows.reader.line_num}: is not a table ({error}); {MEND}") from error
+
+
+def read_lines(path):
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            yield f"{path}:{number}", parse(f"{path}:{number}", line)
+
+
+def read_json(path, key):
+    entries = parse(path, path.read_bytes())
+    if key:
+        entries = entries.get(key) if type(entries) is dict else None
+    if type(entries) is not list:
+        raise DataError(f"{path}: is no list{key and f' of {key}' or ''}; {MEND}")
+    for number, entry in enumerate(entries, 1):
+        yield f"{path}: entry {number}", entry
+
+
+def parse(place, text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: is not JSON ({error}); {MEND}") from error
+
+
+# ---- finding the videos ------------------------------------------------------------------------------------
+
+
+def list_videos(videos, out):
+    """{a video's name without its ending: (its folder as rows name it, ending)}, from one walk over the disk.
+
+    Rows name a folder relative to `out` where it lies inside, else from the root. Of two videos with one name
+    the first in path order counts. Millions fit, since the videos of a folder share their pairs.
+    """
+    videos, out = os.path.abspath(videos), os.path.abspath(out)
+    inside, listed = os.path.commonpath([videos, out]) == out, {}
+    for folder, folders, files in os.walk(videos, followlinks=True):
+        folders.sort()
+        pairs = {}
+        for file in sorted(files):
+            name, ending = os.path.splitext(file)
+            if ending.lower() in ENDINGS:
+                pair = (folder.removeprefix(out).lstrip(os.sep) if inside else folder, ending)
+                listed.setdefault(name, pairs.setdefault(ending, pair))
+    return listed
+
+
+def find(listed, names):
+    """The path of the first of `names` that is there, or None. A name may have its ending or not."""
+    for name in names:
+        for key in (name, os.path.splitext(name)[0]):
+            if key in listed:
+                folder, ending = listed[key]
+                return os.path.join(folder, key + ending)
+    return None
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def convert(name, annotations, videos, out, split=None):
+    """Writes a set into the folder `out`, all its files or none -> the tally.
+
+    The tally has the number of rows by file, the names of the missing videos, and the number of rows without
+    their text; these and the rows of missing videos are left out.
+    """
+    splits, has_videos = SPLITS.get(name, ()), name != "coco-captions"
+    if split and split not in splits:
+        raise DataError(f"--split {split}: {name} has {', '.join(splits) or 'one split: leave the flag out'}")
+    if not annotations.exists():
+        raise DataError(f"--annotations {annotations}: is not there; give the folder of the set's release")
+    if has_videos and not (videos and videos.is_dir()):
+        raise DataError(f"--videos {videos}: is not a folder; give the one that holds the set's videos")
+    rows = CONVERTERS[name](annotations, *([split or splits[0]] if splits else []))
+    listed = list_videos(videos, out) if has_videos else {}
+    tally = SimpleNamespace(rows=Counter(), missing={}, empty=0)
+    with whole_or_nothing(out) as folder:
+        write(folder, lines_of(tqdm(rows, name, unit="row", leave=False, disable=None), listed, tally))
+        refuse(annotations, videos, out, tally)
+        if has_videos:
+            names = "".join(f"{video}\n" for video in tally.missing)
+            (folder / "missing.txt").write_text(names, encoding="utf-8", errors="replace")
+    return tally
+
+
+@contextlib.contextmanager
+def whole_or_nothing(out):
+    """A folder to write in, whose files move into `out` at the end. After an error nothing of it is left."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    folder = out / f".{uuid.uuid4().hex}.part"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for path in folder.iterdir():
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for empty in made:
+                empty.rmdir()
+
+
+def write(folder, lines):
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for name, line in lines:
+            if name not in files:
+                file = open(folder / name, "w", encoding="utf-8", errors="replace")
+                files[name] = stack.enter_context(file)
+            files[name].write(f"{line}\n")
+
+
+def lines_of(rows, listed, tally):
+    """(file, line) for each row that is kept. A caption without a video is its own line."""
+    for file, place, names, row in rows:
+        if names:
+            if is_empty(file, place, {"video": names[0]} | row):
+                tally.empty += 1
+                continue
+            path = find(listed, names)
+            if path is None:
+                tally.missing[names[0]] = True
+                tally.rows[file] += 0  # a file that there should be
+                continue
+            row = json.dumps({"video": path} | row)
+        tally.rows[file] += 1
+        yield file, row
+
+
+def is_empty(file, place, row):
+    """Whether a row lacks its text, as some do in the releases. A DataError if anything else is wrong."""
+    if not FILE.fullmatch(file):
+        raise DataError(f"{place}: is in none of train, val and test; {MEND}")
+    fault = find_fault(row, fields_of(file))
+    if not fault and len(row.get("options", OPTIONS)) != 5:
+        fault = f"has {len(row['options'])} options, not five"
+    if fault and not fault.endswith("is empty"):
+        raise DataError(f"{place}: {fault}; {MEND}")
+    return bool(fault)
+
+
+def task_of(file):
+    return FILE.fullmatch(file)[1] or ""
+
+
+def fields_of(file):
+    return FIELDS[task_of(file).split("_")[0]]
+
+
+def refuse(annotations, videos, out, tally):
+    """A DataError for a file without rows, and for those of another conversion, which would pass for ours."""
+    if not tally.rows:
+        raise DataError(f"{annotations}: has no rows; {MEND}")
+    for file, count in tally.rows.items():
+        if not count:
+            raise DataError(f"--videos {videos}: has no video of {file}; {len(tally.missing):,} are missing, "
+                            f"{next(iter(tally.missing))} for one; give the folder that holds them")
+        for other in {file.replace(part, other) for part in PARTS for other in PARTS} - set(tally.rows):
+            if (out / other).exists():
+                raise DataError(f"{out / other}: is of another conversion; remove it, or give another --out")
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def describe(out, tally):
+    """Opens what was written, as training would, and says what it holds."""
+    manifests = [Manifest(out / file, fields_of(file)) for file in tally.rows]
+    videos = len(np.unique(np.concatenate([manifest.videos for manifest in manifests])))
+    rows = ", ".join(f"{file} {count:,}" for file, count in tally.rows.items())
+    print(f"{out}: rows: {rows}; videos: {videos:,} found, {len(tally.missing):,} missing")
+    if tally.missing:
+        print(f"   {out / 'missing.txt'} lists the missing ones; their rows are left out")
+    if tally.empty:
+        print(f"   {tally.empty:,} rows without a text are left out")
+    for file in tally.rows:
+        if "train" in file:
+            print(*(f"   {note}\n" for note in open_splits(out, task_of(file))[1]), sep="", end="")
+
+
+def describe_captions(out, tally):
+    """Says how to cut BERT's vocabulary by the captions. pretrain.py keeps all of its 9,157 words then."""
+    print(f"{out / 'captions.txt'}: {tally.rows['captions.txt']:,} captions. Beside BERT's vocab.txt: "
+          "python -c \"import evilm; bert = evilm.WordPiece(open('vocab.txt').read().split('\\n')); "
+          f"print(*bert.keep_frequent(open('{out}/captions.txt')).vocab, sep='\\n')\" > {out}/vocab.txt; "
+          f"then python pretrain.py --preset paper --vocab {out}/vocab.txt --data DIR")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m toy_data.public", allow_abbrev=False,
+                                     description="Turn a public set into this project's format.")
+    parser.add_argument("name", choices=CONVERTERS, help="the set")
+    parser.add_argument("--annotations", type=Path, required=True, help="its release: a folder, or a file")
+    parser.add_argument("--videos", type=Path, help="the folder that holds its videos, at any depth")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write into")
+    parser.add_argument("--split", help="msrvtt: 1k-A (default), 7k, full; hmdb51: 1 (default), 2, 3")
+    args = parser.parse_args()
+    try:
+        tally = convert(args.name, args.annotations, args.videos, args.out, args.split)
+        (describe_captions if args.name == "coco-captions" else describe)(args.out, tally)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
