@@ -166,8 +166,9 @@ def test_load_refuses_what_is_no_checkpoint(tmp_path):
     save(checkpoint(more=torch.zeros(1000)), cut)
     cut.write_bytes(cut.read_bytes()[:len(cut.read_bytes()) // 2])
     empty.write_bytes(b"")
-    for path in (text, cut, empty, tmp_path):                                   # tmp_path is a folder
+    for path in (text, cut, empty):
         assert "not a checkpoint" in refused(path)
+    assert "best.pt: there is no such" in refused(tmp_path)                     # a folder is a run
     torch.save(torch.zeros(3), tensor)
     torch.save({"model": {}, "kind": "pretrain"}, other)
     for path in (tensor, other):
