@@ -877,20 +877,24 @@ def ranks_by_cosine(queries, vectors, truth, chunk=65536):
 class LinearProbe(nn.Module):
     """Activity recognition (4): a linear classifier on the features of the frozen model, which sees video alone.
 
-    The features of a clip are its h^V, averaged over each frame's cells: (B, T, 3, H, W) -> (B, T * D).
+    The paper does not say which features. Ours are h^V averaged over each quarter of each frame, since an
+    activity is told by where and when: (B, T, 3, H, W) -> (B, T * 4 * D); at random weights too, so compare.
     """
 
     def __init__(self, model, classes):
         super().__init__()
-        self.model = model.requires_grad_(False)
-        self.norm = nn.BatchNorm1d(model.config.frames * model.config.width, affine=False)
-        self.classifier = nn.Linear(model.config.frames * model.config.width, classes)
+        c, self.model = model.config, model.requires_grad_(False)
+        self.quarters = min(2, c.grid)
+        features = c.frames * self.quarters ** 2 * c.width
+        self.norm, self.classifier = nn.BatchNorm1d(features, affine=False), nn.Linear(features, classes)
 
     @torch.no_grad()
     def features(self, frames):
         self.model.eval()
         h_video = self.model.fuse(self.model.encode_video(frames), None, None)[2]           # (B, N, D)
-        return h_video.unflatten(1, (frames.shape[1], -1)).mean(2).flatten(1)
+        g = self.model.config.grid
+        maps = h_video.reshape(-1, g, g, h_video.shape[-1]).permute(0, 3, 1, 2)             # (B*T, D, g, g)
+        return F.adaptive_avg_pool2d(maps, self.quarters).reshape(len(frames), -1)
 
     def forward(self, features):
         return self.classifier(self.norm(features))

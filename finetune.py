@@ -37,7 +37,7 @@ from train_tokenizer import evaluation_loader, make_loader, make_vocabulary, ope
 # Epochs, learning rate and clips a step of each task. The paper gives retrieval's alone (4.4): "task-specific
 # learning rates/epochs" (4.1).
 SETTINGS = {
-    "toy": {"qa": (5, 1e-3, 32), "mc": (20, 1e-3, 16), "retrieval": (12, 1e-3, 64), "probe": (60, 3e-3, 128)},
+    "toy": {"qa": (5, 1e-3, 32), "mc": (20, 1e-3, 16), "retrieval": (12, 1e-3, 64), "probe": (30, 1e-3, 128)},
     "paper": {"qa": (10, 5e-5, 64), "mc": (20, 5e-5, 32), "retrieval": (200, 3e-4, 128),
               "probe": (100, 1e-3, 1024)},
 }

@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,9 +117,16 @@ def test_the_probe_trains_its_classifier_and_nothing_else(tiny, model):
     torch.testing.assert_close(features, probe.features(frames), rtol=0, atol=0)
     with torch.no_grad():
         h = model.fuse(model.encode_video(frames), None, None)[2]
-    cells = tiny.grid ** 2
-    by_frame = torch.stack([h[:, t * cells:(t + 1) * cells].mean(1) for t in range(tiny.frames)], 1)
-    torch.testing.assert_close(features, by_frame.flatten(1))
+    torch.testing.assert_close(features.view(8, tiny.frames, -1, 4), h.view(8, tiny.frames, 4, -1).mT)
+
+
+def test_the_probe_sees_the_quarters_of_each_frame(tiny, model):
+    wide = LinearProbe(EViLM(replace(tiny, size=128)).eval(), 3)
+    frames = torch.rand(1, tiny.frames, 3, 128, 128)
+    with torch.no_grad():
+        h = wide.model.fuse(wide.model.encode_video(frames), None, None)[2].view(tiny.frames, 4, 4, -1)
+    features = wide.features(frames).view(tiny.frames, -1, 2, 2)
+    torch.testing.assert_close(features[1, :, 0, 1], h[1, :2, 2:].mean((0, 1)))
 
 
 def test_a_tasks_words_take_rows_that_no_word_used():

@@ -1,6 +1,8 @@
 """The pictures that a run leaves: what is drawn is there, and odd input does not end a run."""
 
 import os
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +41,9 @@ def clip_of_codes(mask, true, predicted, caption="a caption", **clip):
     return {"frames": frames, "mask": mask, "true": true, "predicted": predicted, "caption": caption}
 
 
+LABELS = "left right up down still jumps blinks swells shakes flashes".split()
+
+
 def query(true_place, found=3, rank=1):
     clips = [(flat_clip(), 1 - i / 10, i == true_place, "a clip") for i in range(found)]
     return {"caption": "a query", "rank": rank, "found": clips}
@@ -51,25 +56,27 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 # ---- Every picture -----------------------------------------------------------------------------------------
 
-EMPTY = [pictures.contact_sheet, pictures.curves, pictures.codebook, pictures.masked, pictures.retrieval]
+EMPTY = [(pictures.contact_sheet, [[]]), (pictures.curves, [[]]), (pictures.codebook, [[]]),
+         (pictures.masked, [[]]), (pictures.retrieval, [[]]), (pictures.confusion, [[], []])]
 
 
-@pytest.mark.parametrize("draw", EMPTY)
-def test_no_entries_still_make_a_page_that_says_so(draw):
-    page = drawn(draw, [])
+@pytest.mark.parametrize("draw, nothing", EMPTY)
+def test_no_entries_still_make_a_page_that_says_so(draw, nothing):
+    page = drawn(draw, *nothing)
     assert (page < 200).any()
-    assert len(drawn(draw, [], title="Nothing learned")) > len(page)
+    assert len(drawn(draw, *nothing, title="Nothing learned")) > len(page)
 
 
 @pytest.mark.parametrize("draw, one", [
-    (pictures.contact_sheet, (flat_clip(), LONG)),
-    (pictures.codebook, (LONG, flat_clip(), [(LONG, 3.0), ("red", 0.1)])),
-    (pictures.masked, clip_of_codes(*BOXES, BOXES[1], LONG)),
-    (pictures.retrieval, {**query(0), "caption": LONG}),
-    (pictures.curves, (LONG, {LONG: [(0, 1), (5, 2)]}, {LONG: 1.5}, False)),
+    (pictures.contact_sheet, [[(flat_clip(), LONG)]]),
+    (pictures.codebook, [[(LONG, flat_clip(), [(LONG, 3.0), ("red", 0.1)])]]),
+    (pictures.masked, [[clip_of_codes(*BOXES, BOXES[1], LONG)]]),
+    (pictures.retrieval, [[{**query(0), "caption": LONG}]]),
+    (pictures.curves, [[(LONG, {LONG: [(0, 1), (5, 2)]}, {LONG: 1.5}, False)]]),
+    (pictures.confusion, [[[123456]], [LONG]]),
 ])
 def test_long_text_neither_runs_off_the_page_nor_stretches_it(draw, one):
-    page = drawn(draw, [one], title=LONG)
+    page = drawn(draw, *one, title=LONG)
     assert page.shape[0] < 1500 and page.shape[1] < 1800
     for edge in (page[:30], page[-30:], page[:, :30], page[:, -30:]):
         assert (edge == 255).all()
@@ -216,6 +223,57 @@ def test_panels_stand_side_by_side():
     assert sizes[0][1] < sizes[1][1] == sizes[3][1] < sizes[2][1]
 
 
+# ---- Scatter -----------------------------------------------------------------------------------------------
+
+def middles(*dots, **more):
+    """The middle (y, x) of each (x, y, area) in a scatter chart, drawn in SERIES' colours."""
+    colours = pictures.SERIES[:len(dots)]
+    panel = pictures.scatter("", "", [("", *dot, colour) for dot, colour in zip(dots, colours)], **more)
+    pixels = [where(np.array(panel), ImageColor.getrgb(colour)) for colour in colours]
+    return np.array([[y.mean(), x.mean()] for y, x in pixels])
+
+
+def test_equal_factors_are_equal_steps_to_the_right_and_higher_is_higher():
+    (y, x) = middles((10, 1, 100), (100, 2, 100), (1000, 3, 100)).T
+    assert x[2] - x[1] == pytest.approx(x[1] - x[0], abs=1) and x[1] - x[0] > 100
+    assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=1) and y[0] - y[1] > 50
+
+
+def test_a_dot_is_as_large_as_its_area_even_at_the_edge():
+    panel = np.array(pictures.scatter("", "", [("", 1, 0, 2000, "#3b6ea8"), ("", 9, 1, 500, "#d9803f")]))
+    large, small = (count(panel, ImageColor.getrgb(colour)) for colour in ("#3b6ea8", "#d9803f"))
+    assert large == pytest.approx(2000, rel=0.1) and small == pytest.approx(500, rel=0.2)
+
+
+def test_a_bar_reaches_from_one_value_to_the_other():
+    bar, dots = "#b5505c", [("", 1, 1, 50, "#3b6ea8"), ("", 100, 2, 50, "#d9803f")]
+    panel = np.array(pictures.scatter("", "", dots, [(1, 100, 3, bar)]))
+    ends = np.sort([where(panel, ImageColor.getrgb(colour))[1].mean() for _, *_, colour in dots])
+    x = where(panel, ImageColor.getrgb(bar))[1]
+    assert x.min() == pytest.approx(ends[0], abs=4) and x.max() == pytest.approx(ends[1], abs=4)
+
+
+def test_labels_take_the_first_free_place():
+    page = 0, 0, 400, 400
+    place = {name: pictures.free_place((100, 20), (200, 200), 10, taken, page) for name, taken in [
+        ("right", []), ("left", [(220, 180, 230, 220)]), ("above", [(100, 195, 300, 205)])]}
+    assert place["right"][0] > 210 and place["left"][2] < 190 and place["above"][3] < 190
+    assert pictures.free_place((100, 20), (350, 200), 10, [], page)[2] < 340  # no room on the right
+
+
+@pytest.mark.parametrize("low, high, ticks", [(5, 300, [5, 10, 20, 50, 100, 200]), (0.3, 2, [0.5, 1, 2])])
+def test_log_ticks_are_one_two_five(low, high, ticks):
+    assert pictures.log_ticks(low, high) == pytest.approx(ticks)
+
+
+def test_the_papers_figures_are_drawn_from_any_folder():
+    script = Path(pictures.__file__).parents[1] / "docs" / "figures.py"
+    figures = runpy.run_path(str(script))
+    for name in ("figure1", "figure5"):
+        figures[name](Path(f"{name}.png"))
+        assert 10_000 < os.path.getsize(f"{name}.png") < 100_000
+
+
 # ---- Codebook ----------------------------------------------------------------------------------------------
 
 def test_codebook_shows_up_to_eight_crops_a_code():
@@ -298,3 +356,38 @@ def test_retrieval_takes_one_frame_and_queries_that_found_nothing():
     one_frame = {"caption": "a", "rank": 1, "found": [(flat_clip(frames=1), -3.2, True, LONG)]}
     page = drawn(pictures.retrieval, [one_frame, query(None, found=0, rank=9), query(0, found=2)])
     assert count(page, (90, 120, 200)) == 108 * 108 * (1 + 4 + 4)
+
+
+# ---- Confusion ---------------------------------------------------------------------------------------------
+
+def test_right_answers_are_green_and_wrong_ones_red():
+    right, wrong = (drawn(pictures.confusion, counts, ["a", "b"])
+                    for counts in ([[3, 0], [0, 7]], [[0, 3], [7, 0]]))
+    assert count(right, GREEN) > 2 * 80 * 80 and count(right, RED) == 0
+    assert count(wrong, RED) > 2 * 80 * 80 and count(wrong, GREEN) == 0
+    y, x = where(wrong, RED)
+    assert y[x > x.mean()].max() < y[x < x.mean()].min()  # (a, b) lies above and to the right of (b, a)
+
+
+def test_a_colour_is_the_stronger_the_larger_its_share_of_the_row():
+    tints = [pictures.tint(pictures.WRONG, share) for share in (0, 0.2, 0.5, 1)]
+    assert tints[0] == (255, 255, 255) and tints[-1] == RED
+    assert [min(tint) for tint in tints] == sorted(map(min, tints), reverse=True)
+    page = drawn(pictures.confusion, [[0, 5, 5], [0, 1, 0], [0, 0, 0]], ["a", "b", "c"])
+    assert count(page, pictures.tint(pictures.WRONG, 0.5)) > 2 * 80 * 80 and count(page, GREEN) > 80 * 80
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_every_label_is_written_beside_its_row_and_below_its_column(times):
+    labels = LABELS * times
+    page = drawn(pictures.confusion, 7 * np.eye(len(labels), dtype=int), labels)
+    y, x = where(page, GREEN)
+    beside, below = page[y.min():y.max(), 40:x.min() - 2], page[y.max() + 3:-40, x.min():x.max()]
+    for names in (beside.min((1, 2)), below.min((0, 2))):  # the darkest of each row, of each column
+        parts = np.array_split(names, len(labels))
+        assert all(part.min() < 160 and part[0] == part[-1] == 255 for part in parts)
+
+
+def test_four_hundred_labels_stay_one_page():
+    page = drawn(pictures.confusion, np.eye(400, dtype=int), [f"{LONG[:20]} {i}" for i in range(400)])
+    assert max(page.shape) < 3600 and count(page, GREEN) > 400 * 6 * 6

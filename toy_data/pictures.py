@@ -101,13 +101,13 @@ def framed(block, colour, thickness):
     return outer
 
 
-def save(path, title, blocks, columns=1, gap=GAP, gap_below=GAP):
+def save(path, title, blocks, columns=1, gap=GAP, gap_below=GAP, heavy=HEAVY):
     """A page of blocks with its title and margins, written whole or not at all."""
     body = grid(blocks or [write("Nothing to show.", 800, colour=FAINT)], columns, gap, gap_below)
     heading = [write(title, max(body.width, 800), TITLE)] if title else []
     page, encoded = framed(grid([*heading, body], 1, gap_below=28), PAPER, MARGIN), io.BytesIO()
     page.save(encoded, "PNG", optimize=True)
-    if encoded.tell() > HEAVY:
+    if encoded.tell() > heavy:
         encoded = io.BytesIO()
         page.quantize(256).save(encoded, "PNG", optimize=True)
     part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
@@ -240,44 +240,50 @@ def chart(name, series, baselines, percent):
 
 
 def free_place(size, centre, radius, taken, within):
-    """The box of a label of that size beside a dot: the first of eight places, right, left, above, below and
-    between, that lies `within` a box and on none of those `taken`; on the right if there is none."""
+    """The box of a label beside a dot: the first of eight places, right, left, above, below and between, that
+    lies in the box `within` and on none of the boxes `taken`; where there is none, that on the right."""
+    def apart(one, other):
+        return one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
     boxes = []
     for x, y in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
         left = centre[0] + x * (radius + 8) + (x - 1) / 2 * size[0]
-        top = centre[1] + y * radius + (y - 1) / 2 * size[1]
+        top = centre[1] + y * (radius + 4) + (y - 1) / 2 * size[1]
         boxes.append((left, top, left + size[0], top + size[1]))
-    inside = [box for box in boxes if within[0] <= box[0] and within[1] <= box[1]
-              and box[2] <= within[2] and box[3] <= within[3]]
-    return next((box for box in inside if not any(
-        box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
-        for other in taken)), boxes[0])
+    for box in boxes:
+        inside = within[0] <= box[0] and within[1] <= box[1] and box[2] <= within[2] and box[3] <= within[3]
+        if inside and all(apart(box, other) for other in taken):
+            return box
+    return boxes[0]
 
 
 def scatter(name, x_name, dots, bars=()):
-    """A panel of `dots`, a list of (label, x, y, area in pixels, colour), over x on a log scale; `bars`, a list of
-    (x from, x to, y, colour), say between what a dot's x may lie. Labels stand where there is room."""
-    left, top, right, bottom, width = 64, 60, 640, 420, 650
-    _, x, y, areas, _ = zip(*dots)
-    lows, highs = [low for low, *_ in bars], [high for _, high, *_ in bars]
-    x_range = min([*x, *lows]) / 1.5, max([*x, *highs]) * 1.5
-    panel, place = axes(name, x_range, round_ticks(*span(y)), False, (left, top, right, bottom),
-                        (width, bottom + 74), log=True)
-    draw, face, radii = ImageDraw.Draw(panel), font(SMALL), np.sqrt(np.divide(areas, np.pi))
+    """A panel of dots over x on a log scale. dots: a list of (label, x, y, area in pixels, colour); bars: a
+    list of (x from, x to, y, colour), drawn as ranges are. Labels stand where there is room."""
+    left, top, right, bottom, width, face = 64, 60, 640, 420, 650, font(SMALL)
+    x, y, areas = np.array([dot[1:4] for dot in dots], float).T
+    radii, (low, high) = np.sqrt(areas / np.pi), span(y)
+    room = (high - low) * radii.max() / (bottom - top - 2 * radii.max())  # for whole dots
+    ends = [*x, *(end for bar in bars for end in bar[:2])]
+    panel, place = axes(name, (min(ends) / 1.5, max(ends) * 1.5), round_ticks(low - room, high + room), False,
+                        (left, top, right, bottom), (width, bottom + 74), log=True)
+    draw, centres = ImageDraw.Draw(panel), place(np.stack([x, y], 1))
     draw.text((right, bottom + 44), drawable(x_name), FAINT, face, anchor="rt")
-    centres, taken = place(np.stack([x, y], 1)), []
-    for low, high, level, colour in bars:
-        ends = place([(low, level), (high, level)])
-        for line in (ends, *(end + [[0, -9], [0, 9]] for end in ends)):
-            draw_line(panel, line, colour)
-        taken.append((*(ends[0] - 9), *(ends[1] + 9)))
-    for i in np.argsort(radii)[::-1]:
-        draw_dot(panel, centres[i].tolist(), radii[i], dots[i][-1])
-        taken.append((*(centres[i] - radii[i]), *(centres[i] + radii[i])))
-    for (label, *_, colour), centre, radius in zip(dots, centres, radii):
-        label = drawable(label)
-        box = free_place((face.getlength(label), SMALL + 6), centre, radius, taken, (left, top, right, bottom))
-        draw.text((box[0], (box[1] + box[3]) / 2), label, colour, face, anchor="lm")
+    taken = [(*centre - radius, *centre + radius) for centre, radius in zip(centres, radii)]
+    for start, end, level, colour in bars:
+        line = place([(start, level), (end, level)])
+        for stroke in (line, line[0] + [(0, -9), (0, 9)], line[1] + [(0, -9), (0, 9)]):
+            draw_line(panel, stroke, colour)
+        taken.append((*line[0] - 9, *line[1] + 9))
+    largest_first = np.argsort(-radii, kind="stable")
+    for i in largest_first:
+        draw_dot(panel, centres[i], radii[i], dots[i][-1])
+    for i in largest_first:
+        label, colour = drawable(dots[i][0]), dots[i][-1]
+        size = face.getlength(label), SMALL + 6
+        box = free_place(size, centres[i], radii[i], taken, (left, top, right, bottom))
+        left_middle = box[0], (box[1] + box[3]) / 2
+        draw.text(left_middle, label, colour, face, anchor="lm", stroke_width=3, stroke_fill=PAPER)
         taken.append(box)
     return panel
 
@@ -378,25 +384,26 @@ def tint(colour, share):
 
 
 def confusion(counts, labels, path, title=""):
-    """counts int (n, n): rows are the true labels, columns what their clips were taken for. A cell is the
-    stronger in colour, the larger its share of the row; the right ones are green."""
+    """counts: int (n, n), rows the true labels, columns what their clips were taken for. A cell's colour is
+    stronger with its share of the row, and green where that is right. Many labels are drawn smaller."""
     counts = np.asarray(counts).reshape(len(labels), len(labels))
     side = min(88, max(8, 2600 // max(1, len(labels))))
-    digits = len(str(counts.max(initial=0)))
-    face, figures = font(min(SMALL, side // 2)), font(min(SMALL, side // 2, 3 * side // (2 * digits)))
+    edge, type_size = min(1, side // 20), min(SMALL, side // 2)
+    face = font(type_size)
+    digits = font(min(type_size, 4 * side // (3 * len(str(counts.max(initial=0))))))
     labels = [wrap(label, face, 300, most_lines=1)[0] for label in labels]
-    width, rows, below = round(max(map(face.getlength, labels), default=0)) + 2 * GAP, [], []
+    width, cells, below = round(max(map(face.getlength, labels), default=0)) + 2 * GAP, [], []
     for i, label in enumerate(labels):
         beside = Image.new("RGB", (width, side), PAPER)
         ImageDraw.Draw(beside).text((width - GAP, side / 2), label, INK, face, anchor="rm")
-        rows.append(beside)
+        cells.append(beside)
         below.append(beside.rotate(90, expand=True))
         for j, count in enumerate(counts[i]):
-            share = count / max(1, counts[i].sum())
-            cell = Image.new("RGB", (side - 2, side - 2), tint(RIGHT if i == j else WRONG, share))
+            colour = tint(RIGHT if i == j else WRONG, count / max(1, counts[i].sum()))
+            cell = framed(Image.new("RGB", (side - 2 * edge, side - 2 * edge), colour), GRID, edge)
             if count:
-                ImageDraw.Draw(cell).text((side / 2, side / 2), str(count), INK, figures, anchor="mm")
-            rows.append(framed(cell, GRID, thickness=1))
+                ImageDraw.Draw(cell).text((side / 2, side / 2), str(count), INK, digits, anchor="mm")
+            cells.append(cell)
     legend = write("rows: the true label · columns: what it was taken for", 800, SMALL, FAINT)
-    corner = Image.new("RGB", (1, 1), PAPER)
-    save(path, title, labels and [legend, grid([*rows, corner, *below], 1 + len(labels), 0, 0)], gap_below=24)
+    table = [*cells, Image.new("RGB", (1, 1), PAPER), *below]
+    save(path, title, labels and [legend, grid(table, 1 + len(labels), gap=0, gap_below=0)], gap_below=24)
