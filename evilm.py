@@ -316,7 +316,8 @@ class WordPiece:
     def add_words(self, texts, size):
         """A vocabulary of at most `size` with the words of `texts` that this one cannot spell, at its end."""
         words = Counter(word for text in texts for word in self.split(text))
-        unknown = sorted((word for word in words if self.pieces(word) == ["[UNK]"]), key=lambda w: (-words[w], w))
+        unknown = [word for word in words if self.pieces(word) == ["[UNK]"]]
+        unknown.sort(key=lambda word: (-words[word], word))
         return WordPiece(self.vocab + unknown[:max(0, size - len(self))])
 
     @classmethod
@@ -454,12 +455,12 @@ def initialise(module):
 
 @torch.no_grad()
 def start_centred(network, *inputs):
-    """A start from nothing, on real inputs: each norm then gives every channel mean 0 and deviation 1 over them.
+    """A start from nothing, on real inputs: over them each norm then gives all channels mean 0, deviation 1.
 
-    Not in the paper, whose encoders start from ImageNet's and CLIP's weights. A norm over channels leaves what
-    all cells share, their brightness above all, and at random weights the later layers see little else: on the
-    synthetic set the toy encoder then learns colours at once and shapes hardly. After Mishkin and Matas, "All
-    you need is a good init", 2016.
+    Not in the paper, whose encoders start from ImageNet's and CLIP's weights. A norm over channels leaves
+    what all cells share, their brightness above all, and at random weights the later layers see little else:
+    on the synthetic set the toy encoder then learns colours at once and shapes hardly. After Mishkin and
+    Matas, "All you need is a good init", 2016.
     """
     def centre(norm, _, output):
         channels_last = output.movedim(1, -1) if isinstance(norm, ChannelNorm) else output
@@ -470,7 +471,8 @@ def start_centred(network, *inputs):
         centred = (channels_last - mean) / deviation
         return centred.movedim(-1, 1) if isinstance(norm, ChannelNorm) else centred
 
-    hooks = [part.register_forward_hook(centre) for part in network.modules() if isinstance(part, nn.LayerNorm)]
+    norms = [part for part in network.modules() if isinstance(part, nn.LayerNorm)]
+    hooks = [norm.register_forward_hook(centre) for norm in norms]
     network(*inputs)
     for hook in hooks:
         hook.remove()
@@ -839,7 +841,7 @@ def contrastive_loss(video, text, scale, names):
 
 
 def in_chunks(vectors, chunk):
-    """(number of the first, a copy of so many vectors) of a tensor or of a NumPy memory map, one after another."""
+    """A tensor or a NumPy memory map part by part: (number of the first vector, a copy of the part)."""
     for start in range(0, len(vectors), chunk):
         yield start, torch.from_numpy(np.array(vectors[start:start + chunk]))
 
@@ -875,7 +877,7 @@ def ranks_by_cosine(queries, vectors, truth, chunk=65536):
 
 
 class LinearProbe(nn.Module):
-    """Activity recognition (4): a linear classifier on the features of the frozen model, which sees video alone.
+    """Activity recognition (4): a linear classifier on the features of the frozen model; it sees video alone.
 
     The paper does not say which features. Ours are h^V averaged over each quarter of each frame, since an
     activity is told by where and when: (B, T, 3, H, W) -> (B, T * 4 * D); at random weights too, so compare.
@@ -913,8 +915,8 @@ class NotFinite(InputError):
 
 
 def common_flags(description, stage):
-    """The flags that all scripts share; `stage` is the prefix of preset settings ("" or "tokenizer_"), or None
-    where they depend on the task."""
+    """The flags that all scripts share; `stage` is the prefix of preset settings ("" or "tokenizer_"), or
+    None where they depend on the task."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=stage is not None,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -950,8 +952,8 @@ def common_flags(description, stage):
     add("--resume", action="store_true", help="go on from OUT/last.pt, to the same weights as an unbroken "
         "run")
     add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
-    add("--config", metavar="NAME=VALUE", action="append", default=[], help="change any field of Config, such as "
-        "mask_ratio=0.5 or dims=8,16,32,64, for an experiment; may be given several times")
+    add("--config", metavar="NAME=VALUE", action="append", default=[], help="change any field of Config, "
+        "such as mask_ratio=0.5 or dims=8,16,32,64, for an experiment; may be given several times")
     add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions "
         "are kept (default: a vocabulary is made from the training captions)")
     return parser
@@ -978,9 +980,10 @@ def changed(config, changes):
         if name not in asdict(config) or name == "preset":
             raise InputError(f"--config {change}: Config has no field {name!r}; evilm.py lists them")
         kind = type(getattr(config, name))
-        readers = {tuple: lambda: tuple(map(int, text.split(","))), bool: lambda: ("False", "True").index(text)}
         try:
-            config = replace(config, **{name: kind(readers.get(kind, lambda: kind(text))())})
+            value = (tuple(map(int, text.split(","))) if kind is tuple
+                     else bool(("False", "True").index(text)) if kind is bool else kind(text))
+            config = replace(config, **{name: value})
         except ValueError:
             raise InputError(f"--config {change}: give {name} like {getattr(config, name)!r}") from None
     return config

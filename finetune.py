@@ -2,7 +2,7 @@
 
     python finetune.py qa                               open-ended video question answering
     python finetune.py mc --set caption                 multiple choice: caption, action or transition
-    python finetune.py retrieval                        text-to-video, fast (4.4); --scoring joint: by the 2-way head
+    python finetune.py retrieval                        text-to-video, fast (4.4) or --scoring joint
     python finetune.py probe                            activity recognition by a linear probe
     python finetune.py search "a red circle moves left" --videos DIR
     python finetune.py ask CLIP "what colour is the circle?"
@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import pretrain
-from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Run, WordPiece, changed, common_flags,
-                   config_of, configure, contrastive_loss, load, make_optimizer, nearest, prefetch,
-                   ranks_by_cosine, run_script, set_up, vtm_loss)
+from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Run, WordPiece, changed,
+                   common_flags, config_of, configure, contrastive_loss, load, make_optimizer, nearest,
+                   prefetch, ranks_by_cosine, run_script, set_up, vtm_loss)
 from pretrain import percent, read_videos, score_choices, score_retrieval
 from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, open_split, pictures, read_clip,
                       spans)
@@ -64,7 +64,8 @@ def parse(argv=None):
     search = add_use(commands, "search", "retrieval", "rank a folder's clips for a sentence")
     search.add_argument("sentence")
     search.add_argument("--videos", required=True, metavar="DIR", help="clips, also in folders inside")
-    search.add_argument("--out", default="search.png", metavar="FILE", help="the picture (default: search.png)")
+    search.add_argument("--out", default="search.png", metavar="FILE",
+                        help="the picture (default: search.png)")
     ask = add_use(commands, "ask", "qa", "the likeliest answers to a question about a clip")
     ask.add_argument("video")
     ask.add_argument("question")
@@ -79,8 +80,8 @@ def add_task(commands, name):
     flags = common_flags(None, stage=None)
     task = commands.add_parser(name, parents=[flags], allow_abbrev=False, help=TASKS_HELP[name])
     task.add_argument("--init", default="runs/pretrain/best.pt", metavar="PATH|none", help="a run or "
-                      "checkpoint of pretrain.py, or of retrieval --scoring joint; none: from nothing, Table 5's "
-                      "first row (default: runs/pretrain/best.pt)")
+                      "checkpoint of pretrain.py, or of retrieval --scoring joint; none: from nothing, Table "
+                      "5's first row (default: runs/pretrain/best.pt)")
     task.add_argument("--out", metavar="DIR", help=f"the run's folder (default: runs/{name}"
                       + "-SET)" * (name == "mc") + ")" * (name != "mc"))
     return task
@@ -118,8 +119,8 @@ def begin(args, texts, manifest, machine):
     checkpoint = load(args.init, "pretrain", "retrieval",
                       hint="; python pretrain.py makes one, --init none begins from nothing")
     if checkpoint["settings"].get("scoring") == "fast":
-        raise InputError(f"--init {args.init}: was trained for fast retrieval; a task begins from pretrain.py's "
-                         "or from retrieval --scoring joint")
+        raise InputError(f"--init {args.init}: was trained for fast retrieval; a task begins from a run of "
+                         "pretrain.py or of retrieval --scoring joint")
     if checkpoint["config"]["preset"] != args.preset:
         raise InputError(f"--init {args.init} is of the {checkpoint['config']['preset']} preset, not of "
                          f"{args.preset}: name that one with --preset")
@@ -129,8 +130,8 @@ def begin(args, texts, manifest, machine):
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError:
-        raise InputError(f"--config {' '.join(args.config)}: the weights of --init {args.init} have other sizes; "
-                         "those of frames, max_words and the like do not matter") from None
+        raise InputError(f"--config {' '.join(args.config)}: the weights of --init {args.init} have other "
+                         "sizes; frames, max_words and the like can be changed") from None
     return model.to(machine.device), wordpiece
 
 
@@ -140,27 +141,34 @@ def encode_question(wordpiece, question, option, width):
     return wordpiece.encode(question, width - len(end) + 1)[:-1] + end
 
 
-# ---------------------------------------------------------------------------------------- questions and options
+def training_clips(task, args):
+    """The clips of the training split with random frames."""
+    return ClipCaptions(task.splits["train"], task.config.frames, task.config.size, args.seed, train=True,
+                        strict=args.strict, augment=task.config.augment, mismatched=task.mismatched)
+
+
+# -------------------------------------------------------------------------------------- questions and options
 
 
 class Choices:
-    """What open-ended questions and multiple choice share: a video with O texts, of whose logits one is right.
+    """What open-ended questions and multiple choice share: a video with O texts, one logit of which is right.
 
     Called with samples it makes their batch: frames (B, T, 3, H, W), ids and mask (B, O, L), targets (B,).
     """
     score, mismatched, decide = "top1", False, ("see",)
 
-    def texts(self, row):
-        """(question, option) of each of a row's O texts."""
-        raise NotImplementedError
+    def clips(self, model, args, machine):
+        return training_clips(self, args)
 
     def __call__(self, samples):
         width, texts = self.config.max_words, [self.texts(s["row"]) for s in samples]
-        ids, mask = pad([encode_question(self.wordpiece, *text, width) for row in texts for text in row], width)
+        ids, mask = pad([encode_question(self.wordpiece, *text, width) for row in texts for text in row],
+                        width)
         return {"frames": torch.stack([s["frames"] for s in samples]),
                 "ids": ids.view(len(texts), -1, width), "mask": mask.view(len(texts), -1, width),
                 "targets": torch.tensor([self.target(s["row"]) for s in samples]),
-                "rows": [s["row"] for s in samples], "broken": [line for s in samples for line in s["broken"]]}
+                "rows": [s["row"] for s in samples],
+                "broken": [line for s in samples for line in s["broken"]]}
 
     def logits(self, model, batch):
         frames = scale(batch["frames"]) if self.see == "both" else None
@@ -200,7 +208,7 @@ class Choices:
 
 
 class Questions(Choices):
-    """Open-ended QA over the training split's answers; any other answer of a test question counts as wrong."""
+    """Open-ended QA over the training split's answers; any other answer of a question counts as wrong."""
     files, title = "qa", "Open-ended question answering"
 
     def __init__(self, args, splits):
@@ -246,7 +254,8 @@ class Options(Choices):
                 if len(row["options"]) != 5:
                     raise DataError(f"{manifest.path}:{manifest.line(i)}: has {len(row['options'])} options, "
                                     "where five are wanted")
-        self.training_texts = [text for row in splits.get("train", ()) for text in (row["question"], *row["options"])]
+        self.training_texts = [text for row in splits.get("train", ())
+                               for text in (row["question"], *row["options"])]
 
     def kind(self, row):
         return "+".join(row.get("changed", ["all"]))
@@ -287,14 +296,14 @@ def shares(right, asked, machine):
     return dict(zip(names, (counts[0] / counts[1]).tolist()))
 
 
-# ---------------------------------------------------------------------------------------------------- retrieval
+# -------------------------------------------------------------------------------------------------- retrieval
 
 
 class Retrieval:
     """Text-to-video retrieval: every caption is a query, every video is ranked once, however many name it.
 
-    Called with samples it makes their batch: frames, the captions' ids and mask (B, L), `names` (B,) numbers of
-    the videos; for joint scoring also a wrong caption of each, `other_ids` and `other_mask`.
+    Called with samples it makes their batch: frames, the captions' ids and mask (B, L), `names` (B,) numbers
+    of the videos; for joint scoring also a wrong caption of each, `other_ids` and `other_mask`.
     """
     score, files, answers, title, decide = "r1", "", (), "Text-to-video retrieval", ("scoring",)
 
@@ -316,6 +325,9 @@ class Retrieval:
         if self.mismatched:
             batch["other_ids"], batch["other_mask"] = encode("mismatched")
         return batch
+
+    def clips(self, model, args, machine):
+        return training_clips(self, args)
 
     def head(self, model):
         return model if self.mismatched else FastRetrieval(model)
@@ -365,7 +377,8 @@ def embed_captions(model, captions, wordpiece, machine):
 def embed_clips(model, frames, machine):
     """frames uint8 (n, T, 3, H, W) -> unit vectors (n, D), on the CPU"""
     with machine.autocast():
-        return torch.cat([model.embed_video(scale(part.to(machine.device))).cpu() for part in frames.split(50)])
+        return torch.cat([model.embed_video(scale(part.to(machine.device))).cpu()
+                          for part in frames.split(50)])
 
 
 @torch.no_grad()
@@ -388,7 +401,7 @@ def score_fast_retrieval(model, manifest, wordpiece, machine):
 
 
 class Probe:
-    """Activity recognition by a linear probe: the clips' features, computed once, and a classifier on them."""
+    """Activity recognition by a linear probe: a classifier on clips' features, which are computed once."""
     score, files, training_texts, title, decide = "top1", "action", (), "Linear probe", ()
 
     def __init__(self, args, splits):
@@ -407,8 +420,9 @@ class Probe:
     def head(self, model):
         return LinearProbe(model, len(self.answers))
 
-    def compute(self, model, args, machine):
-        """Each split's features and the numbers of its labels; -1 is a label that training does not have."""
+    def clips(self, model, args, machine):
+        """Computes each split's features and the numbers of its labels, -1 for one that training does not
+        have; -> those of the training split."""
         def collate(samples):
             return {"frames": torch.stack([s["frames"] for s in samples]),
                     "targets": torch.tensor([self.number.get(s["row"]["label"], -1) for s in samples])}
@@ -421,6 +435,7 @@ class Probe:
                 with machine.autocast():
                     found.append((model.features(scale(batch["frames"])).float(), batch["targets"]))
             self.features[split] = tuple(torch.cat(part) for part in zip(*found))
+        return Features(*self.features["train"])
 
     def loss(self, model, batch):
         return F.cross_entropy(model(batch["frames"]), batch["targets"])
@@ -433,7 +448,8 @@ class Probe:
         chosen = model(features).argmax(1)
         self.confusion = torch.zeros(len(self.answers), len(self.answers), dtype=torch.long)
         known = targets >= 0
-        self.confusion.index_put_((targets[known].cpu(), chosen[known].cpu()), torch.tensor(1), accumulate=True)
+        self.confusion.index_put_((targets[known].cpu(), chosen[known].cpu()), torch.tensor(1),
+                                  accumulate=True)
         each = self.confusion.diag() / self.confusion.sum(1).clamp(min=1)
         return {"top1": float((chosen == targets).float().mean()),
                 **{f"top1_{label}": float(share) for label, share in zip(self.answers, each)}}
@@ -461,18 +477,27 @@ class Features(torch.utils.data.Dataset):
 TASKS = {"qa": Questions, "mc": Options, "retrieval": Retrieval, "probe": Probe}
 
 
-def train(args, machine):
-    """Fine-tunes as the flags say, from --init or from where it was; scores best.pt on the test split."""
-    for name, value in zip(("epochs", "lr", "batch_size"), SETTINGS.get(args.preset, SETTINGS["toy"])[args.task]):
+def settle(args):
+    """Fills in the flags that were left out; -> whether to score without training, the task's files."""
+    settings = SETTINGS.get(args.preset, SETTINGS["toy"])[args.task]
+    for name, value in zip(("epochs", "lr", "batch_size"), settings):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.task == "retrieval" and args.accumulate > 1:
-        raise InputError("--accumulate: retrieval contrasts each clip with its whole batch, which cannot be cut")
-    zero_shot, files = getattr(args, "zero_shot", False), f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files
+    files = f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files
+    zero_shot = getattr(args, "zero_shot", False)
     if zero_shot and args.init == "none":
         raise InputError("--zero-shot scores a pretrained model: --init none has nothing to score")
     if zero_shot and files not in ("", "mc_caption"):
-        raise InputError(f"--zero-shot: the 2-way head matches captions, and mc --set {args.set} has questions")
+        raise InputError(f"--zero-shot: the 2-way head matches captions; mc --set {args.set} has questions")
+    if args.task == "retrieval" and args.accumulate > 1:
+        raise InputError("--accumulate: retrieval contrasts each clip with its whole batch, which cannot be "
+                         "cut")
+    return zero_shot, files
+
+
+def train(args, machine):
+    """Fine-tunes as the flags say, from --init or from where it was; scores best.pt on the test split."""
+    zero_shot, files = settle(args)
     splits = {"test": open_split(args.data, "test", files)} if zero_shot else open_clips(args, machine, files)
     task = TASKS[args.task](args, splits)
     base, wordpiece = begin(args, task.training_texts, splits.get("train"), machine)
@@ -481,20 +506,15 @@ def train(args, machine):
     model = task.head(base).to(machine.device)
     run = Run(args, args.task, base.config, wordpiece.vocab, ("task", "init", *task.decide), machine)
     run.constant["answers"] = list(task.answers)
-    optimizer = make_optimizer(model, args.lr, base.config.weight_decay, machine.device)
-    run.start(model, optimizer, args.resume)
+    run.start(model, make_optimizer(model, args.lr, base.config.weight_decay, machine.device), args.resume)
     if zero_shot:
         return report_zero_shot(task, base, run, args, machine)
 
-    if args.task == "probe":
-        task.compute(model, args, machine)
-        clips = Features(*task.features["train"])
-    else:
-        clips = ClipCaptions(splits["train"], base.config.frames, base.config.size, args.seed, train=True,
-                             strict=args.strict, augment=base.config.augment, mismatched=task.mismatched)
+    clips = task.clips(model, args, machine)
     epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
     run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
-    batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank, machine.world)
+    batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank,
+                      machine.world)
     machine.say(f"{task.title}: {len(clips):,} lines, {run.steps:,} steps of {batches.batch_size}, {machine}")
     wrapped = machine.wrap(model, args.compile)
     for batch in run.steps_of(make_loader(clips, batches, task, args, machine)):
@@ -532,7 +552,8 @@ def finish(task, model, run, args, machine):
     lines = [line for line in run.metrics() if line["split"] == "val"]
     series = {name: [(line["step"], line[name]) for line in lines] for name in (task.score, "loss")}
     pictures.curves([(f"{task.score}, val", {task.score: series[task.score]}, task.chance, True),
-                     ("loss, training", {"loss": series["loss"]}, {}, False)], run.folder / "curves.png", task.title)
+                     ("loss, training", {"loss": series["loss"]}, {}, False)],
+                    run.folder / "curves.png", task.title)
     task.draw(model, args, machine, run.folder)
     report(task, scores, run, "")
 
@@ -567,7 +588,7 @@ def report(task, scores, run, how):
         print(f'next: python finetune.py ask CLIP "what colour is the circle?" --init {run.folder}')
 
 
-# ------------------------------------------------------------------------------------------------ search and ask
+# --------------------------------------------------------------------------------------------- search and ask
 
 
 def open_trained(args, kind, head):
@@ -579,10 +600,11 @@ def open_trained(args, kind, head):
 
 
 def search(args, machine):
-    """Ranks the clips of a folder for a sentence; their vectors are kept there, and only new ones computed."""
+    """Ranks a folder's clips for a sentence; their vectors are kept there, and only new ones computed."""
     def head(model, checkpoint):
         if checkpoint["settings"]["scoring"] != "fast":
-            raise InputError(f"--init {args.init}: was trained for joint scoring; search wants --scoring fast")
+            raise InputError(f"--init {args.init}: was trained for joint scoring; search wants --scoring "
+                             "fast")
         return FastRetrieval(model)
 
     model, wordpiece, _ = open_trained(args, "retrieval", head)
@@ -620,7 +642,8 @@ def vectors_of_folder(model, folder, machine):
             except BrokenClip as error:
                 tqdm.write(f"broken clip, left out: {error}")
                 continue
-            known[key] = embed_clips(model, torch.from_numpy(frames).permute(0, 3, 1, 2)[None], machine)[0].numpy()
+            frames = torch.from_numpy(frames).permute(0, 3, 1, 2)[None]
+            known[key] = embed_clips(model, frames, machine)[0].numpy()
         names.append(name)
         vectors.append(known[key])
     if not names:
@@ -635,7 +658,7 @@ def vectors_of_folder(model, folder, machine):
 
 
 def find_clips(folder):
-    """{name: what tells this version of the clip from others} of all clips in a folder and those inside it."""
+    """{name: what tells this version of the clip from others} of all clips in a folder and those inside."""
     if not folder.is_dir():
         raise InputError(f"--videos {folder}: there is no such folder")
     found = {}
@@ -645,7 +668,8 @@ def find_clips(folder):
             state, name = path.stat(), str(path.relative_to(folder))
             found[name] = f"{name} {state.st_size} {state.st_mtime_ns}"
     if not found:
-        raise DataError(f"--videos {folder}: has no clips ({' '.join(sorted(VIDEO_SUFFIXES))}, or folders of images)")
+        raise DataError(f"--videos {folder}: has no clips ({' '.join(sorted(VIDEO_SUFFIXES))}, or folders of "
+                        "images)")
     return found
 
 

@@ -24,7 +24,8 @@ from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, common
                    load, make_optimizer, mask_frames, mask_words, mlm_loss, mvm_loss, prefetch, rank_of_truth,
                    run_script, save, set_up, vtm_loss)
 from toy_data import Batches, BrokenClip, ClipCaptions, DataError, open_split, pictures, read_clip, spans
-from train_tokenizer import captions_of, evaluation_loader, make_loader, make_vocabulary, open_clips, pad, scale
+from train_tokenizer import (captions_of, evaluation_loader, make_loader, make_vocabulary, open_clips, pad,
+                             scale)
 
 LOSSES = {"vtm": vtm_loss, "mlm": mlm_loss, "mvm": mvm_loss}
 FUNCTION_WORDS = set("a an the is are there that and then while on at in of to with it".split())

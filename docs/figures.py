@@ -38,9 +38,9 @@ def panel(cost, score, area, our_cost=None):
 
 def figure1(path):
     panels = [panel("GFLOPs", score, lambda parameters: 8 * parameters, OUR_COST) for score in COLUMNS[2:]]
-    caption = ("A dot's area shows the parameters. The bar through E-ViLM spans this code's own count beside "
-               "the paper's 12.2 GFLOPs: 7.4 G multiply-adds, or 14.8 GFLOPs with a multiply and an add "
-               "counted apart, of a model of 16.3 M parameters. All scores are the paper's.")
+    caption = ("A dot's area shows the parameters. The bar through E-ViLM is this code's count beside the "
+               "paper's 12.2: 7.4 G multiply-adds, 14.8 GFLOPs with multiply and add apart; 16.3 M "
+               "parameters. All scores are the paper's.")
     save(path, "Fig. 1: accuracy and cost, from Tables 1 and 2 of the paper",
          [grid(panels, 2, gap=48, gap_below=32), write(caption, 1300, SMALL, INK)], gap_below=28, heavy=0)
 

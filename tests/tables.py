@@ -1,10 +1,10 @@
 """Toy versions of the paper's Table 5 and Figs. 2 and 6, and what pretraining gives each task, over 3 seeds.
 
-    python tests/tables.py                  everything, hours on 2 cores; a run that is there is not made again
+    python tests/tables.py                  everything: hours on 2 cores
     python tests/tables.py tasks table5     some of it: tasks, table5, fig6, fig2
     python tests/tables.py --show           the tables of the runs that are there
 
-Every row has the same steps (PRETRAIN, and FINE_TUNE for each task). Runs lie in runs/tables; stop with Ctrl-C
+Every row has the same steps: PRETRAIN, and FINE_TUNE for each task. Runs lie in runs/tables; stop with Ctrl-C
 and start again at will: finished runs stay, a broken one goes on from its last.pt. Two runs go side by side,
 each on one thread.
 """
@@ -57,7 +57,8 @@ class Runs:
             command = [sys.executable, str(ROOT / script), *flags, "--data", self.data, "--out", str(folder),
                        "--workers", "0", *["--resume"] * (folder / "last.pt").exists()]
             print(f"{time.strftime('%H:%M')}  {name}", flush=True)
-            done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                                  text=True)
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         return folder
@@ -86,12 +87,14 @@ class Runs:
         def best_on_val(lr):
             lines = lines_of(self.tuned(task, "none", CHOICE_SEED, f"choose-{lr:g}", "--lr", str(lr)))
             return max(line.get("r1", line.get("top1")) for line in lines if line["split"] == "val")
-        return self.tuned(task, "none", seed, "from-nothing", "--lr", str(max(LEARNING_RATES, key=best_on_val)))
+        lr = max(LEARNING_RATES, key=best_on_val)
+        return self.tuned(task, "none", seed, "from-nothing", "--lr", str(lr))
 
     def at(self, objectives, point, task, seed):
         """Fig. 6: the model at a share of its pretraining, probed, or scored on multiple choice untrained."""
         init = self.pretrained(objectives, seed) / f"at-{point:g}.pt"
-        return self.tuned(task, init, seed, f"at-{point:g}-{objectives}", *["--zero-shot"] * (task != "probe"))
+        flags = ["--zero-shot"] * (task != "probe")
+        return self.tuned(task, init, seed, f"at-{point:g}-{objectives}", *flags)
 
 
 def lines_of(folder):
@@ -116,7 +119,8 @@ def tables(runs):
     yield "table5", ablated, {row: tasks(objectives, ablated) for row, objectives in ROWS.items()}
     yield "fig6", [f"{kind} {point:.0%}" for kind in ("MC", "probe") for point in POINTS], {
         row: [(partial(runs.at, objectives, point, task), "top1")
-              for task in ("mc --set caption", "probe") for point in POINTS] for row, objectives in mvm.items()}
+              for task in ("mc --set caption", "probe") for point in POINTS]
+        for row, objectives in mvm.items()}
     yield "fig2", list(SIZES), {
         row: [(partial(runs.pretrained, objectives, size=size), "mc") for size in SIZES]
         for row, objectives in mvm.items()}
@@ -135,10 +139,11 @@ def cell(get, score):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wanted", nargs="*", metavar="TABLE", help="tasks, table5, fig6, fig2 (default: all)")
     parser.add_argument("--data", default="data/toy", metavar="DIR", help="default: data/toy")
-    parser.add_argument("--show", action="store_true", help="only print the tables of the runs that are there")
+    parser.add_argument("--show", action="store_true", help="only print what the finished runs give")
     args = parser.parse_args()
     runs = Runs(args.data, make=not args.show)
     wanted = [table for table in tables(runs) if table[0] in (args.wanted or [table[0]])]
@@ -148,7 +153,8 @@ def main():
                     for _, _, rows in wanted for cells in rows.values() for get, _ in cells]
             for one in made:
                 one.result()
-    print(f"{PRETRAIN} steps of pretraining, {FINE_TUNE} of fine-tuning ({PROBE} of the probe); test, mean (range)")
+    print(f"{PRETRAIN} steps of pretraining, {FINE_TUNE} of fine-tuning, {PROBE} of the probe; test, mean "
+          "(range)")
     for name, columns, rows in wanted:
         print(f"\n| {name} | " + " | ".join(columns) + " |\n|---" * 1 + "|---" * len(columns) + "|")
         for row, cells in rows.items():

@@ -11,8 +11,8 @@ import torch
 
 import finetune
 import pretrain
-from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Machine, WordPiece, contrastive_loss,
-                   nearest, rank_of_truth, ranks_by_cosine)
+from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Machine, WordPiece,
+                   contrastive_loss, nearest, rank_of_truth, ranks_by_cosine)
 from toy_data import DataError, open_splits, render
 
 CPU = Machine(torch.device("cpu"))
@@ -28,7 +28,8 @@ def clips(tiny, n=3):
 
 
 def texts(tiny, n=3, options=None):
-    ids = torch.randint(5, tiny.words, (n, tiny.max_words) if options is None else (n, options, tiny.max_words))
+    shape = (n, tiny.max_words) if options is None else (n, options, tiny.max_words)
+    ids = torch.randint(5, tiny.words, shape)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[..., -2:] = False
     return ids * mask, mask
@@ -38,7 +39,7 @@ def rows(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-# ------------------------------------------------------------------------------------------------------- heads
+# ------------------------------------------------------------------------------------------------------ heads
 
 
 def test_multiple_choice_begins_where_zero_shot_matching_ends(tiny, model):
@@ -71,7 +72,8 @@ def test_44_fast_retrieval_is_the_decoder_on_each_side_alone(tiny, model):
                 seen = torch.cat([torch.ones(3, 1, dtype=torch.bool), seen], 1)
             h = model.decoder(torch.cat([e_cls.expand(3, 1, -1), cells], 1), seen)[:, 0]
             pooled = model.pooler(h)
-            torch.testing.assert_close(vectors, pooled / pooled.norm(dim=1, keepdim=True), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(vectors, pooled / pooled.norm(dim=1, keepdim=True), atol=1e-5,
+                                       rtol=1e-4)
     assert float(scale.detach()) == pytest.approx(1 / 0.07)
 
 
@@ -149,7 +151,7 @@ def test_two_options_that_score_the_same_are_no_answer():
     assert finetune.most_likely(torch.tensor([[1., 3., 2.], [3., 3., 1.]])).tolist() == [1, -2]
 
 
-# ------------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------------------------------ tasks
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +161,8 @@ def home(tmp_path_factory):
     render(folder / "clips", 150)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        flags = ["--data", "clips", "--tokenizer", "none", "--max-steps", "3", "--batch-size", "16", "--workers", "0"]
-        pretrain.train(pretrain.parse([*flags, "--device", "cpu"]), CPU)
+        flags = "--data clips --tokenizer none --max-steps 3 --batch-size 16 --workers 0 --device cpu"
+        pretrain.train(pretrain.parse(flags.split()), CPU)
     return folder
 
 
@@ -170,9 +172,10 @@ def go(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
 
     def run(*flags, data="clips"):
-        args = finetune.parse([*flags, "--data", data, "--workers", "0", "--device", "cpu", "--max-steps", "3"])
+        args = finetune.parse([*flags, "--data", data, *"--workers 0 --device cpu --max-steps 3".split()])
         finetune.train(args, CPU)
-        return json.loads((Path(args.out) / "metrics.jsonl").read_text().splitlines()[-1]), capsys.readouterr().out
+        lines = (Path(args.out) / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1]), capsys.readouterr().out
     return run
 
 
@@ -209,7 +212,8 @@ def test_a_resumed_run_ends_with_the_same_weights(go, home, flags, monkeypatch):
         patch.setattr(finetune.Run, "optimise", killed)
         go(*flags, *args)
     go(*flags, *args, "--resume")
-    one, two = (torch.load(home / name / "last.pt", weights_only=True)["model"] for name in ("whole", "broken"))
+    one, two = (torch.load(home / name / "last.pt", weights_only=True)["model"]
+                for name in ("whole", "broken"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     for name in ("whole", "broken"):
         shutil.rmtree(home / name)
@@ -226,7 +230,7 @@ def test_search_ranks_a_folder_and_computes_only_new_clips(go, home, capsys, mon
     monkeypatch.setattr(finetune, "embed_clips", lambda *a: computed.append(1) or embed(*a))
 
     def search():
-        args = finetune.parse(["search", "a red circle", "--videos", str(videos), "--init", "found", "--top", "2"])
+        args = finetune.parse(["search", "a red circle", "--videos", "mine", "--init", "found", "--top", "2"])
         finetune.search(args, CPU)
         return capsys.readouterr().out
     first = search()
@@ -245,7 +249,7 @@ def test_ask_names_answers_with_probabilities(go, home, capsys):
     assert len(shares) == 5 and sorted(shares, reverse=True) == shares and 0 < sum(shares) <= 100.3
 
 
-# --------------------------------------------------------------------------------------------- what bad input gets
+# ---------------------------------------------------------------------------------------- what bad input gets
 
 
 def test_a_task_refuses_what_it_cannot_use(go, home, tmp_path):
@@ -265,10 +269,10 @@ def test_bad_rows_are_named(go, home, tmp_path):
     splits, _ = open_splits(home / "clips", "qa")
     video = str(home / "clips" / splits["train"][0]["video"])
     for name, answer in (("train", "red"), ("val", "red"), ("test", "beige")):
-        rows(tmp_path / f"qa_{name}.jsonl", [{"video": video, "question": "what colour?", "answer": answer}] * 3)
-        rows(tmp_path / f"mc_four_{name}.jsonl", [{"video": video, "question": "", "answer": 0,
-                                                   "options": ["a", "b", "c", "d"]}])
-        rows(tmp_path / f"mc_six_{name}.jsonl", [{"video": video, "question": "", "answer": 5, "options": list("abcde")}])
+        question = {"video": video, "question": "what colour?"}
+        rows(tmp_path / f"qa_{name}.jsonl", [question | {"answer": answer}] * 3)
+        rows(tmp_path / f"mc_four_{name}.jsonl", [question | {"answer": 0, "options": list("abcd")}])
+        rows(tmp_path / f"mc_six_{name}.jsonl", [question | {"answer": 5, "options": list("abcde")}])
     with pytest.raises(DataError, match="none of its answers"):
         go("qa", data=str(tmp_path))
     with pytest.raises(DataError, match=r"mc_four_\w+.jsonl:1: has 4 options"):

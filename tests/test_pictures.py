@@ -225,32 +225,31 @@ def test_panels_stand_side_by_side():
 
 # ---- Scatter -----------------------------------------------------------------------------------------------
 
-def middles(*dots, **more):
-    """The middle (y, x) of each (x, y, area) in a scatter chart, drawn in SERIES' colours."""
-    colours = pictures.SERIES[:len(dots)]
-    panel = pictures.scatter("", "", [("", *dot, colour) for dot, colour in zip(dots, colours)], **more)
-    pixels = [where(np.array(panel), ImageColor.getrgb(colour)) for colour in colours]
-    return np.array([[y.mean(), x.mean()] for y, x in pixels])
+BLUE, ORANGE, SAGE, PINK = pictures.SERIES[:4]
+
+
+def scattered(dots, bars=()):
+    """The pixels, (y, x), of each dot and bar."""
+    panel = np.array(pictures.scatter("", "", dots, bars))
+    return [where(panel, ImageColor.getrgb(colour)) for *_, colour in [*dots, *bars]]
 
 
 def test_equal_factors_are_equal_steps_to_the_right_and_higher_is_higher():
-    (y, x) = middles((10, 1, 100), (100, 2, 100), (1000, 3, 100)).T
+    dots = [("", 10, 1, 100, BLUE), ("", 100, 2, 100, ORANGE), ("", 1000, 3, 100, SAGE)]
+    y, x = np.array([[y.mean(), x.mean()] for y, x in scattered(dots)]).T
     assert x[2] - x[1] == pytest.approx(x[1] - x[0], abs=1) and x[1] - x[0] > 100
     assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=1) and y[0] - y[1] > 50
 
 
 def test_a_dot_is_as_large_as_its_area_even_at_the_edge():
-    panel = np.array(pictures.scatter("", "", [("", 1, 0, 2000, "#3b6ea8"), ("", 9, 1, 500, "#d9803f")]))
-    large, small = (count(panel, ImageColor.getrgb(colour)) for colour in ("#3b6ea8", "#d9803f"))
-    assert large == pytest.approx(2000, rel=0.1) and small == pytest.approx(500, rel=0.2)
+    large, small = scattered([("", 1, 0, 2000, BLUE), ("", 9, 1, 500, ORANGE)])
+    assert len(large[0]) == pytest.approx(2000, rel=0.1) and len(small[0]) == pytest.approx(500, rel=0.2)
 
 
 def test_a_bar_reaches_from_one_value_to_the_other():
-    bar, dots = "#b5505c", [("", 1, 1, 50, "#3b6ea8"), ("", 100, 2, 50, "#d9803f")]
-    panel = np.array(pictures.scatter("", "", dots, [(1, 100, 3, bar)]))
-    ends = np.sort([where(panel, ImageColor.getrgb(colour))[1].mean() for _, *_, colour in dots])
-    x = where(panel, ImageColor.getrgb(bar))[1]
-    assert x.min() == pytest.approx(ends[0], abs=4) and x.max() == pytest.approx(ends[1], abs=4)
+    dots = [("", 1, 1, 50, BLUE), ("", 100, 2, 50, ORANGE)]
+    (_, low), (_, high), (_, bar) = scattered(dots, [(1, 100, 1.5, PINK)])
+    assert bar.min() == pytest.approx(low.mean(), abs=4) and bar.max() == pytest.approx(high.mean(), abs=4)
 
 
 def test_labels_take_the_first_free_place():

@@ -515,7 +515,8 @@ class ClipCaptions(torch.utils.data.Dataset):
     """Clips with their captions for pretraining and for the tokenizer: dataset[(epoch, index)] -> dict.
 
     frames (T, 3, size, size) uint8; numbers (T,) int64, their numbers in the source; row, the line as a dict;
-    video, as the row names it; caption, None in the files of tasks that have none; mismatched, another row's caption that is false of this clip (None where not asked for);
+    video, as the row names it; caption, None in the files of tasks that have none; mismatched, another row's
+    caption that is false of this clip (None where not asked for);
     epoch; index, of the row that was used; broken, a line for each broken clip met on the way to it.
 
     A sample depends on (seed, epoch, index) alone, whichever process makes it. `train` takes random frames,
