@@ -783,6 +783,13 @@ def words_present(ids, mask, words):
 # ------------------------------------------------------------------------------------------- Downstream heads
 
 
+def without(model, *parts):
+    """The model with parts that a task does not use frozen: DistributedDataParallel waits for all gradients."""
+    for part in parts:
+        getattr(model, part).requires_grad_(False)
+    return model
+
+
 class Choice(nn.Module):
     """Question answering and multiple choice (4): a linear head on the pooled h^CLS of video and each text.
 
@@ -793,7 +800,8 @@ class Choice(nn.Module):
 
     def __init__(self, model, outputs):
         super().__init__()
-        self.model, self.head = model, nn.Linear(model.config.width, outputs)
+        self.model = without(model, "vtm_head", "mlm_head", "mvm_head")
+        self.head = nn.Linear(model.config.width, outputs)
         initialise(self.head)
         if outputs == 1:            # begins where zero-shot scoring ends: the difference of the 2-way logits
             matched = model.vtm_head.weight.detach()
@@ -813,7 +821,7 @@ class FastRetrieval(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model = without(model, "vtm_head", "mlm_head", "mvm_head")
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))     # 1 / temperature, CLIP's start
 
     def embed_video(self, frames):

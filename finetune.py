@@ -28,7 +28,7 @@ from tqdm import tqdm
 import pretrain
 from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Run, WordPiece, changed,
                    common_flags, config_of, configure, contrastive_loss, load, make_optimizer, nearest,
-                   prefetch, ranks_by_cosine, run_script, set_up, vtm_loss)
+                   prefetch, ranks_by_cosine, run_script, set_up, vtm_loss, without)
 from pretrain import percent, read_videos, score_choices, score_retrieval
 from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, open_split, pictures, read_clip,
                       spans)
@@ -170,6 +170,9 @@ class Choices:
                 "rows": [s["row"] for s in samples],
                 "broken": [line for s in samples for line in s["broken"]]}
 
+    def seen(self, model):
+        return without(model, "video_encoder", "video_proj") if self.see == "text" else model
+
     def logits(self, model, batch):
         frames = scale(batch["frames"]) if self.see == "both" else None
         return model(frames, batch["ids"], batch["mask"])
@@ -240,7 +243,7 @@ class Questions(Choices):
         return self.answers[i] if i >= 0 else "nothing"
 
     def head(self, model):
-        return Choice(model, len(self.answers))
+        return Choice(self.seen(model), len(self.answers))
 
 
 class Options(Choices):
@@ -270,7 +273,7 @@ class Options(Choices):
         return row["options"][i] if i >= 0 else "none"
 
     def head(self, model):
-        return Choice(model, 1)
+        return Choice(self.seen(model), 1)
 
 
 def encode_question(wordpiece, question, option, width):
@@ -330,7 +333,7 @@ class Retrieval:
         return training_clips(self, args)
 
     def head(self, model):
-        return model if self.mismatched else FastRetrieval(model)
+        return without(model, "mlm_head", "mvm_head") if self.mismatched else FastRetrieval(model)
 
     def loss(self, model, batch):
         frames = scale(batch["frames"])

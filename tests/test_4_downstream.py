@@ -1,7 +1,10 @@
 """Section 4, downstream tasks: the heads against plain calculations, then each task on a few clips."""
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,6 +220,21 @@ def test_a_resumed_run_ends_with_the_same_weights(go, home, flags, monkeypatch):
     assert all(torch.equal(one[name], two[name]) for name in one)
     for name in ("whole", "broken"):
         shutil.rmtree(home / name)
+
+
+@pytest.mark.parametrize("task", ["retrieval", "qa"])
+def test_two_processes_train_to_the_weights_of_one(go, home, task):
+    go(task, "--out", f"one-{task}", "--batch-size", "16")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
+                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", finetune.__file__, task]
+    flags = f"--data clips --workers 0 --device cpu --max-steps 3 --batch-size 16 --out two-{task}"
+    done = subprocess.run([*torchrun, *flags.split()], cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          timeout=200, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(home / f"{name}-{task}/last.pt", weights_only=True)["model"]
+                for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-4)
 
 
 def test_search_ranks_a_folder_and_computes_only_new_clips(go, home, capsys, monkeypatch):
