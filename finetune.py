@@ -28,7 +28,7 @@ from tqdm import tqdm
 import pretrain
 from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Run, WordPiece, changed,
                    common_flags, config_of, configure, contrastive_loss, load, make_optimizer, nearest,
-                   prefetch, ranks_by_cosine, run_script, set_up, vtm_loss, without)
+                   prefetch, preset_named, ranks_by_cosine, run_script, set_up, vtm_loss, without)
 from pretrain import percent, read_videos, score_choices, score_retrieval
 from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, open_split, pictures, read_clip,
                       spans)
@@ -37,9 +37,14 @@ from train_tokenizer import evaluation_loader, make_loader, make_vocabulary, ope
 # Epochs, learning rate and clips a step of each task. The paper gives retrieval's alone (4.4): "task-specific
 # learning rates/epochs" (4.1).
 SETTINGS = {
-    "toy": {"qa": (5, 1e-3, 32), "mc": (20, 1e-3, 16), "retrieval": (12, 1e-3, 64), "probe": (30, 1e-3, 128)},
-    "paper": {"qa": (10, 5e-5, 64), "mc": (20, 5e-5, 32), "retrieval": (200, 3e-4, 128),
-              "probe": (100, 1e-3, 1024)},
+    "qa": {"toy": {"epochs": 5, "lr": 1e-3, "batch_size": 32},
+           "paper": {"epochs": 10, "lr": 5e-5, "batch_size": 64}},
+    "mc": {"toy": {"epochs": 20, "lr": 1e-3, "batch_size": 16},
+           "paper": {"epochs": 20, "lr": 5e-5, "batch_size": 32}},
+    "retrieval": {"toy": {"epochs": 12, "lr": 1e-3, "batch_size": 64},
+                  "paper": {"epochs": 200, "lr": 3e-4, "batch_size": 128}},
+    "probe": {"toy": {"epochs": 30, "lr": 1e-3, "batch_size": 128},
+              "paper": {"epochs": 100, "lr": 1e-3, "batch_size": 1024}},
 }
 VIDEO_SUFFIXES = {".gif", ".webp", ".apng", ".npy", ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg"}
 PICTURED = 12           # clips on a sheet of answers
@@ -49,7 +54,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    tasks = {name: add_task(commands, name) for name in SETTINGS["toy"]}
+    tasks = {name: add_task(commands, name) for name in SETTINGS}
     for name in ("qa", "mc"):
         tasks[name].add_argument("--see", default="both", choices=["both", "text"], help="text: a model that "
                                  "never sees the video, to compare with (default: both)")
@@ -70,14 +75,14 @@ def parse(argv=None):
     ask.add_argument("video")
     ask.add_argument("question")
     args = parser.parse_args(argv)
-    if args.task in SETTINGS["toy"] and args.out is None:
+    if args.task in SETTINGS and args.out is None:
         args.out = (f"runs/{args.task}" + (f"-{args.set}" if args.task == "mc" else "")
                     + "-zero-shot" * getattr(args, "zero_shot", False))
     return args
 
 
 def add_task(commands, name):
-    flags = common_flags(None, stage=None)
+    flags = common_flags(None, settings=SETTINGS[name])
     task = commands.add_parser(name, parents=[flags], allow_abbrev=False, help=TASKS_HELP[name])
     task.add_argument("--init", default="runs/pretrain/best.pt", metavar="PATH|none", help="a run or "
                       "checkpoint of pretrain.py, or of retrieval --scoring joint; none: from nothing, Table "
@@ -141,10 +146,11 @@ def encode_question(wordpiece, question, option, width):
     return wordpiece.encode(question, width - len(end) + 1)[:-1] + end
 
 
-def training_clips(task, args):
-    """The clips of the training split with random frames."""
-    return ClipCaptions(task.splits["train"], task.config.frames, task.config.size, args.seed, train=True,
-                        strict=args.strict, augment=task.config.augment, mismatched=task.mismatched)
+def clips_of(task, split, args):
+    """The clips of a split: random frames of training clips, the middle ones of the others."""
+    return ClipCaptions(task.splits[split], task.config.frames, task.config.size, args.seed,
+                        train=split == "train", strict=args.strict,
+                        augment=split == "train" and task.config.augment, mismatched=task.mismatched)
 
 
 # -------------------------------------------------------------------------------------- questions and options
@@ -158,7 +164,7 @@ class Choices:
     score, mismatched, decide = "top1", False, ("see",)
 
     def clips(self, model, args, machine):
-        return training_clips(self, args)
+        return clips_of(self, "train", args)
 
     def __call__(self, samples):
         width, texts = self.config.max_words, [self.texts(s["row"]) for s in samples]
@@ -196,15 +202,17 @@ class Choices:
 
     @torch.no_grad()
     def draw(self, model, args, machine, folder):
-        """A sheet of clips with question, prediction and answer."""
-        loader = evaluation_loader(self.splits["test"], self, self.config, args, machine)
-        batch = next(prefetch(loader, machine.device))[0]
-        chosen, entries = most_likely(self.logits(model, batch).float()).tolist(), []
-        for i in range(0, len(chosen), -(-len(chosen) // PICTURED)):
-            row, told, truth = batch["rows"][i], self.answer(batch["rows"][i], chosen[i]), batch["targets"][i]
+        """A sheet of clips from all over the test split, with question, prediction and answer."""
+        clips, entries = clips_of(self, "test", args), []
+        batch = self([clips[0, i] for i in np.linspace(0, len(clips) - 1, PICTURED).astype(int).tolist()])
+        batch = {name: value.to(machine.device) if torch.is_tensor(value) else value
+                 for name, value in batch.items()}
+        chosen = most_likely(self.logits(model, batch).float()).tolist()
+        for i, row in enumerate(batch["rows"]):
+            told, truth = self.answer(row, chosen[i]), int(batch["targets"][i])
             verdict = ("right: " if chosen[i] == truth else "wrong: ") + told
             if chosen[i] != truth:
-                verdict += f", not {row['answer'] if truth < 0 else self.answer(row, int(truth))}"
+                verdict += f", not {row['answer'] if truth < 0 else self.answer(row, truth)}"
             entries.append((batch["frames"][i].permute(0, 2, 3, 1).cpu().numpy(),
                             " ".join(filter(None, [row.get("question"), verdict]))))
         pictures.contact_sheet(entries, folder / "answers.png", f"{self.title}: predictions on test")
@@ -330,7 +338,7 @@ class Retrieval:
         return batch
 
     def clips(self, model, args, machine):
-        return training_clips(self, args)
+        return clips_of(self, "train", args)
 
     def head(self, model):
         return without(model, "mlm_head", "mvm_head") if self.mismatched else FastRetrieval(model)
@@ -482,8 +490,8 @@ TASKS = {"qa": Questions, "mc": Options, "retrieval": Retrieval, "probe": Probe}
 
 def settle(args):
     """Fills in the flags that were left out; -> whether to score without training, the task's files."""
-    settings = SETTINGS.get(args.preset, SETTINGS["toy"])[args.task]
-    for name, value in zip(("epochs", "lr", "batch_size"), settings):
+    preset_named(args.preset)
+    for name, value in SETTINGS[args.task][args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     files = f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files

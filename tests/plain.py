@@ -5,6 +5,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 
 def weights(module):
@@ -33,16 +34,19 @@ def softmax(x):
     return e / e.sum(-1, keepdim=True)
 
 
-def attention(x, w, at, heads, seen=None):
+def attend(q, k, v, heads, seen=None):
     """Vaswani et al., 2017; a key that is not seen is left out, as if it were not there."""
-    q, k, v = linear(x, w, at + "qkv").chunk(3, -1)
-    c, out = x.shape[-1] // heads, torch.zeros_like(x)
-    for b in range(len(x)):
-        keys = torch.ones(x.shape[1], dtype=torch.bool) if seen is None else seen[b]
+    c, out = q.shape[-1] // heads, torch.zeros_like(q)
+    for b in range(len(q)):
+        keys = torch.ones(q.shape[1], dtype=torch.bool) if seen is None else seen[b]
         for h in range(heads):
             part = slice(h * c, (h + 1) * c)
             out[b, :, part] = softmax(q[b, :, part] @ k[b, keys, part].T / math.sqrt(c)) @ v[b, keys, part]
-    return linear(out, w, at + "proj")
+    return out
+
+
+def attention(x, w, at, heads, seen=None):
+    return linear(attend(*linear(x, w, at + "qkv").chunk(3, -1), heads, seen), w, at + "proj")
 
 
 def bert(x, w, layers, heads, seen=None, at=""):
@@ -78,3 +82,161 @@ def sines(T, g, width):
                        for n in (t, y, x) for f in (math.sin, math.cos) for i in range(waves)]
                 rows.append(row + [0.0] * (width - len(row)))
     return torch.tensor(rows, dtype=torch.float64)
+
+
+# The networks as published, under the published names of their tensors.
+
+
+def over_channels(x, w, at):
+    return norm(x.permute(0, 2, 3, 1), w, at, 1e-6).permute(0, 3, 1, 2)
+
+
+def pointwise(x, w, at):
+    """The two linear layers of both blocks, times gamma: (N, C, H, W)."""
+    x = norm(x.permute(0, 2, 3, 1), w, at + "norm", 1e-6)
+    x = linear(gelu(linear(x, w, at + "pwconv1")), w, at + "pwconv2")
+    return (w[at + "gamma"] * x).permute(0, 3, 1, 2)
+
+
+def conv_encoder(x, w, at, kernel):
+    y = F.conv2d(x, w[at + "dwconv.weight"], w[at + "dwconv.bias"], padding=(kernel - 1) // 2,
+                 groups=x.shape[1])
+    return x + pointwise(y, w, at)
+
+
+def fourier(H, W, waves=32):
+    """The release's PositionalEncodingFourier: (2 * waves, H, W), rows first, sine and cosine by turns."""
+    ones = torch.ones(H, W, dtype=torch.float64)
+    down, right = ones.cumsum(0), ones.cumsum(1)
+    down, right = (2 * math.pi * down / (down[-1:] + 1e-6)), (2 * math.pi * right / (right[:, -1:] + 1e-6))
+    channels = []
+    for coordinate in (down, right):
+        for i in range(waves):
+            angle = coordinate / 10000 ** (2 * (i // 2) / waves)
+            channels.append(angle.cos() if i % 2 else angle.sin())
+    return torch.stack(channels)
+
+
+def sdta_encoder(x, w, at, scales, heads, positions):
+    N, C, H, W = x.shape
+    width = math.ceil(C / scales)
+    parts = x.split(width, 1)
+    done = []
+    for i in range(scales - 1):
+        part = parts[i] if i == 0 else parts[i] + done[-1]
+        done.append(F.conv2d(part, w[f"{at}convs.{i}.weight"], w[f"{at}convs.{i}.bias"], padding=1,
+                             groups=width))
+    y = torch.cat([*done, parts[scales - 1]], 1)
+    if positions:
+        y = y + F.conv2d(fourier(H, W)[None], w[at + "pos_embd.token_projection.weight"],
+                         w[at + "pos_embd.token_projection.bias"])
+    y = y.flatten(2).transpose(1, 2)                                                        # (N, cells, C)
+    qkv, attended, c = (linear(norm(y, w, at + "norm_xca", 1e-6), w, at + "xca.qkv"), [],
+                        C // heads)
+    for n in range(N):
+        channels = []
+        for h in range(heads):
+            # each (c, cells)
+            q, k, v = (qkv[n, :, which * C + h * c:which * C + (h + 1) * c].T for which in range(3))
+            q, k = (m / m.norm(dim=1, keepdim=True) for m in (q, k))
+            channels.append(softmax(q @ k.T * w[at + "xca.temperature"][h]) @ v)
+        attended.append(torch.cat(channels).T)
+    y = y + w[at + "gamma_xca"] * linear(torch.stack(attended), w, at + "xca.proj")
+    return x + pointwise(y.transpose(1, 2).reshape(N, C, H, W), w, at)
+
+
+def edgenext(x, w, depths, kernels, scales, heads):
+    for i, depth in enumerate(depths):
+        at = f"downsample_layers.{i}."
+        if i == 0:
+            x = over_channels(F.conv2d(x, w[at + "0.weight"], w[at + "0.bias"], stride=4), w, at + "1")
+        else:
+            x = F.conv2d(over_channels(x, w, at + "0"), w[at + "1.weight"], w[at + "1.bias"], stride=2)
+        for j in range(depth):
+            at = f"stages.{i}.{j}."
+            x = (sdta_encoder(x, w, at, scales[i], heads, positions=i == 1) if i > 0 and j == depth - 1
+                 else conv_encoder(x, w, at, kernels[i]))
+    return over_channels(x, w, "norm")
+
+
+def published_bert(ids, w, heads, seen, at="bert."):
+    """BERT (Devlin et al., 2019) on the rows of one segment: ids (B, L) -> (B, L, width)."""
+    e = at + "embeddings."
+    x = w[e + "word_embeddings.weight"][ids] + w[e + "position_embeddings.weight"][:ids.shape[1]]
+    x = norm(x + w[e + "token_type_embeddings.weight"][0], w, e + "LayerNorm", 1e-12)
+    layer = 0
+    while f"{at}encoder.layer.{layer}.output.dense.weight" in w:
+        a = f"{at}encoder.layer.{layer}."
+        q, k, v = (linear(x, w, f"{a}attention.self.{part}") for part in ("query", "key", "value"))
+        x = norm(x + linear(attend(q, k, v, heads, seen), w, a + "attention.output.dense"), w,
+                 a + "attention.output.LayerNorm", 1e-12)
+        inside = gelu(linear(x, w, a + "intermediate.dense"))
+        x = norm(x + linear(inside, w, a + "output.dense"), w, a + "output.LayerNorm", 1e-12)
+        layer += 1
+    return x
+
+
+def tokens_of_patches(x, kernel, cls, positions):
+    """CLS, then 32x32 patches row by row, and their positions: (N, 3, H, W) -> (N, 1 + cells, width)."""
+    rows = []
+    for image in x:
+        cells = [(kernel * image[:, y:y + 32, c:c + 32]).sum((1, 2, 3))
+                 for y in range(0, image.shape[1], 32) for c in range(0, image.shape[2], 32)]
+        rows.append(torch.stack([cls, *cells]) + positions)
+    return torch.stack(rows)
+
+
+def clip_openai(x, w, heads, positions, at="visual."):
+    """CLIP's vision transformer under its authors' names, up to the last block."""
+    x = tokens_of_patches(x, w[at + "conv1.weight"], w[at + "class_embedding"], positions)
+    x, layer = norm(x, w, at + "ln_pre", 1e-5), 0
+    while f"{at}transformer.resblocks.{layer}.ln_1.weight" in w:
+        a = f"{at}transformer.resblocks.{layer}."
+        packed = norm(x, w, a + "ln_1", 1e-5) @ w[a + "attn.in_proj_weight"].T + w[a + "attn.in_proj_bias"]
+        x = x + linear(attend(*packed.chunk(3, -1), heads), w, a + "attn.out_proj")
+        inside = quick_gelu(linear(norm(x, w, a + "ln_2", 1e-5), w, a + "mlp.c_fc"))
+        x = x + linear(inside, w, a + "mlp.c_proj")
+        layer += 1
+    return x
+
+
+def clip_hugging_face(x, w, heads, positions, at="vision_model."):
+    """The same under Hugging Face's names: q, k and v lie apart."""
+    e = at + "embeddings."
+    x = tokens_of_patches(x, w[e + "patch_embedding.weight"], w[e + "class_embedding"], positions)
+    x, layer = norm(x, w, at + "pre_layrnorm", 1e-5), 0
+    while f"{at}encoder.layers.{layer}.layer_norm1.weight" in w:
+        a = f"{at}encoder.layers.{layer}."
+        before = norm(x, w, a + "layer_norm1", 1e-5)
+        q, k, v = (linear(before, w, f"{a}self_attn.{part}_proj") for part in "qkv")
+        x = x + linear(attend(q, k, v, heads), w, a + "self_attn.out_proj")
+        inside = quick_gelu(linear(norm(x, w, a + "layer_norm2", 1e-5), w, a + "mlp.fc1"))
+        x = x + linear(inside, w, a + "mlp.fc2")
+        layer += 1
+    return x
+
+
+def bicubic(s, g):
+    """(g, s): how much each of s samples counts for each of g, Keys's kernel of a = -0.75, edges repeated."""
+    def kernel(d):
+        d, a = abs(d), -0.75
+        return ((a + 2) * d ** 3 - (a + 3) * d ** 2 + 1 if d <= 1
+                else a * (d ** 3 - 5 * d ** 2 + 8 * d - 4) if d < 2 else 0.0)
+
+    share = torch.zeros(g, s, dtype=torch.float64)
+    for i in range(g):
+        centre = (i + 0.5) * s / g - 0.5
+        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            share[i, min(s - 1, max(0, j))] += kernel(centre - j)
+    return share
+
+
+def assert_trained_alike(one, two):
+    """Two runs' weights agree to rounding. A bias of all keys changes no softmax: its gradient is rounding
+    alone, of which AdamW makes whole steps, so it is left out."""
+    assert one.keys() == two.keys()
+    for name in one:
+        ours, theirs = one[name], two[name]
+        if name.endswith("qkv.bias") and "xca" not in name:
+            ours, theirs = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (ours, theirs))
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=2e-4)

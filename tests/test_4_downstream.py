@@ -16,6 +16,7 @@ import finetune
 import pretrain
 from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Machine, WordPiece,
                    contrastive_loss, nearest, rank_of_truth, ranks_by_cosine)
+from plain import assert_trained_alike
 from toy_data import DataError, open_splits, render
 
 CPU = Machine(torch.device("cpu"))
@@ -233,8 +234,7 @@ def test_two_processes_train_to_the_weights_of_one(go, home, task):
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(home / f"{name}-{task}/last.pt", weights_only=True)["model"]
                 for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-4)
+    assert_trained_alike(one, two)
 
 
 def test_search_ranks_a_folder_and_computes_only_new_clips(go, home, capsys, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import toy_data
+from plain import assert_trained_alike
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}        # the test machine's cores are shared by processes
@@ -129,8 +130,7 @@ def test_two_processes_train_to_the_weights_of_one(home, unbroken):
                           timeout=200, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one, two = weights(unbroken[0] / "last.pt"), weights(home / "two/last.pt")
-    for name in one:                                                # the toy preset has no dropout
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-4)
+    assert_trained_alike(one, two)      # the toy preset has no dropout
 
 
 def test_accumulation_changes_no_result(home, unbroken):
