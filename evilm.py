@@ -17,6 +17,7 @@ the paper's.
     (7)   L_SVQ                             VectorQuantizer, train_tokenizer.py
     (8)   L = L_MLM + L_VTM + L_MVM         EViLM.forward, pretrain.py
     4     R@K, multiple choice              rank_of_truth, EViLM.match
+    4.1   weights that others published     load_published
     T.8   parameters                        table8
 
 Shapes: B clips, T frames, L words, g cells a side, N = T*g*g cells, D the decoder's width, K words, M codes.
@@ -28,13 +29,15 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
 import time
 import unicodedata
+import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -489,6 +492,7 @@ class EViLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.vocab = None           # the rows' words, where a published vocabulary is to be followed
         self.video_encoder = EdgeNeXt(c.depths, c.dims, c.kernels, c.scales, c.xca_heads, c.layer_scale)
         self.video_proj = nn.Linear(c.dims[-1], c.width)
         self.text_embedding = TextEmbedding(c.vocab_rows, c.positions, c.text_width, c.dropout)
@@ -784,7 +788,7 @@ def words_present(ids, mask, words):
 
 
 def without(model, *parts):
-    """The model with parts that a task does not use frozen: DistributedDataParallel waits for all gradients."""
+    """The model, its unused parts frozen: DistributedDataParallel would wait for their gradients."""
     for part in parts:
         getattr(model, part).requires_grad_(False)
     return model
@@ -910,6 +914,262 @@ class LinearProbe(nn.Module):
         return self.classifier(self.norm(features))
 
 
+# ------------------------------------------------------------------------------------------ Published weights
+# Our tensors' names -> those of a release, N being a layer's number; {q,k,v} where the three lie apart.
+
+BERT_NAMES = {
+    "text_embedding.words.": "embeddings.word_embeddings.",
+    "text_embedding.positions.": "embeddings.position_embeddings.",
+    "text_embedding.segments.": "embeddings.token_type_embeddings.",
+    "text_embedding.norm.": "embeddings.LayerNorm.",
+    "text_encoder.N.qkv.": "encoder.layer.N.attention.self.{query,key,value}.",
+    "text_encoder.N.proj.": "encoder.layer.N.attention.output.dense.",
+    "text_encoder.N.norm1.": "encoder.layer.N.attention.output.LayerNorm.",
+    "text_encoder.N.fc1.": "encoder.layer.N.intermediate.dense.",
+    "text_encoder.N.fc2.": "encoder.layer.N.output.dense.",
+    "text_encoder.N.norm2.": "encoder.layer.N.output.LayerNorm."}
+OPENAI_NAMES = {
+    "patch.": "conv1.", "cls": "class_embedding", "positions": "positional_embedding", "norm.": "ln_pre.",
+    "blocks.N.norm1.": "transformer.resblocks.N.ln_1.",
+    "blocks.N.qkv.": "transformer.resblocks.N.attn.in_proj_",
+    "blocks.N.proj.": "transformer.resblocks.N.attn.out_proj.",
+    "blocks.N.norm2.": "transformer.resblocks.N.ln_2.",
+    "blocks.N.fc1.": "transformer.resblocks.N.mlp.c_fc.",
+    "blocks.N.fc2.": "transformer.resblocks.N.mlp.c_proj."}
+HUGGING_FACE_NAMES = {
+    "patch.": "embeddings.patch_embedding.", "cls": "embeddings.class_embedding",
+    "positions": "embeddings.position_embedding.weight", "norm.": "pre_layrnorm.",    # their spelling
+    "blocks.N.norm1.": "encoder.layers.N.layer_norm1.",
+    "blocks.N.qkv.": "encoder.layers.N.self_attn.{q_proj,k_proj,v_proj}.",
+    "blocks.N.proj.": "encoder.layers.N.self_attn.out_proj.",
+    "blocks.N.norm2.": "encoder.layers.N.layer_norm2.",
+    "blocks.N.fc1.": "encoder.layers.N.mlp.fc1.",
+    "blocks.N.fc2.": "encoder.layers.N.mlp.fc2."}
+
+
+@dataclass(frozen=True)
+class Release:
+    """A kind of checkpoint: what it looks like, the key that tells it (a regular expression), what it fills,
+    and under which names; without names they are ours."""
+    looks: str
+    tell: str
+    fills: type = type(None)
+    names: dict = None
+    size: str = ""                      # the one of this kind that fits the paper preset
+
+
+RELEASES = [                            # a file is what the first tell in it says
+    Release("a checkpoint of this project", r"token_type|quantizer\.codebook"),
+    Release("an EdgeNeXt", r"stages\.\d+\.\d+\.xca\.temperature", EdgeNeXt, size="EdgeNeXt-Small"),
+    Release("an EdgeNeXt under timm's names", r"stages\.\d+\.blocks\.\d+\.xca\.temperature"),
+    Release("a BERT", r"embeddings\.word_embeddings\.weight", EViLM, BERT_NAMES,
+            "a BERT of 12 layers, 128 wide"),
+    Release("a CLIP vision model", r"ln_pre\.weight", ViT, OPENAI_NAMES, "CLIP's ViT-B/32"),
+    Release("a CLIP vision model", r"pre_layrnorm\.weight", ViT, HUGGING_FACE_NAMES, "CLIP's ViT-B/32"),
+    Release("a CLIP text model", r"text_model\.embeddings\.token_embedding\.weight"),
+    Release("a Swin transformer", r"layers\.0\.blocks\.0\.attn\.relative_position_bias_table"),
+    Release("a ConvNeXt", r"stages\.0\.0\.dwconv\.weight"),
+    Release("a ResNet", r"layer1\.0\.conv1\.weight"),
+    Release("a vision transformer, not CLIP's", r"blocks\.0\.attn\.qkv\.weight")]
+
+
+@dataclass
+class Published:
+    """What `load_published` did, by name: the network's tensors that were filled and those left at their
+    start, the file's that were not used, and the model's words that the file has no row for."""
+    path: Path
+    looks: str = ""
+    filled: list = field(default_factory=list)
+    left: list = field(default_factory=list)
+    unused: list = field(default_factory=list)
+    words: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
+
+    def __str__(self):
+        filled, whole = len(self.filled), len(self.filled) + len(self.left)
+        return "\n  ".join([f"{self.path}, {self.looks}: {filled} of the network's {whole} tensors filled",
+                            *self.notes, f"tensors left at their start: {folded(self.left)}",
+                            f"in the file, not used: {folded(self.unused)}"])
+
+
+def folded(names):
+    """Names on one line; those that differ in their last number alone are one: layers.{0,1,2}.norm.weight."""
+    groups = {}
+    for name in names:
+        numbered = re.fullmatch(r"(.*\.)(\d+)(\..*)", name)
+        before, number, after = numbered.groups() if numbered else (name, "", "")
+        groups.setdefault((before, after), []).append(number)
+    return ", ".join(before + (f"{{{','.join(numbers)}}}" if len(numbers) > 1 else numbers[0]) + after
+                     for (before, after), numbers in groups.items()) or "none"
+
+
+NUMBERS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+           "BOOL": torch.bool}
+
+
+def safetensors_layout(header, size):
+    """[(name, kind, shape, begin, end)] that a .safetensors header tells of `size` bytes of numbers.
+
+    It is not believed: a tensor is as long as its shape says, and they fill the bytes without gap or overlap.
+    """
+    layout, reached = [], 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        (begin, end), shape = entry["data_offsets"], entry["shape"]
+        if entry["dtype"] not in NUMBERS:
+            raise ValueError(f"{name} is of an unknown dtype, {entry['dtype']}")
+        kind = NUMBERS[entry["dtype"]]
+        if not all(type(n) is int and 0 <= n <= size for n in (begin, end, *shape)):
+            raise ValueError(f"{name} has a shape or offsets that do not fit {size:,} bytes")
+        if end - begin != math.prod(shape) * kind.itemsize:
+            raise ValueError(f"{name}: {end - begin:,} bytes are not {shape} of {entry['dtype']}")
+        layout.append((name, kind, shape, begin, end))
+    for name, _, _, begin, end in sorted(layout, key=lambda entry: entry[3:]):
+        if begin != reached:
+            raise ValueError(f"{name} begins at {begin:,}, where {reached:,} bytes are told of")
+        reached = end
+    if reached != size:
+        raise ValueError(f"{size:,} bytes follow the header, which tells of {reached:,}")
+    return layout
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8 bytes that are the header's length, a JSON header, numbers."""
+    try:
+        content = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))
+        start = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
+        if len(content) < 8 or start > min(len(content), 10**8):
+            raise ValueError("the header is longer than the file, or than 100 MB")
+        header, content = json.loads(content[8:start].numpy().tobytes()), content[start:]
+        return {name: content[begin:end].clone().view(kind).view(shape)
+                for name, kind, shape, begin, end in safetensors_layout(header, len(content))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: not a safetensors file that can be read "
+                         f"({str(error).splitlines()[0][:120]})") from None
+
+
+def named_tensors(value, name=""):
+    """(name, tensor) of all tensors in nested dicts: {"model": {"bias": x}} -> ("model.bias", x)."""
+    if torch.is_tensor(value):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from named_tensors(part, f"{name}.{key}" if name else str(key))
+
+
+def recognise(tensors, part, report):
+    """-> the Release that the tensors are of, and what stands before its keys ("module.", "bert.").
+
+    Raises InputError if they are not for `part`.
+    """
+    wanted = next(release.looks for release in RELEASES if isinstance(part, release.fills))
+    for release in RELEASES:
+        told = next(filter(None, (re.fullmatch(rf"(.*\.)?(?:{release.tell})", key) for key in tensors)), None)
+        if told and not isinstance(part, release.fills):
+            raise InputError(f"{report.path}: looks like {release.looks}, where {wanted} is wanted")
+        if told:
+            report.looks = release.looks + f", under {told[1]}*" * bool(told[1])
+            return release, told[1] or ""
+    raise InputError(f"{report.path}: looks like nothing known, where {wanted} is wanted; it holds "
+                     f"{len(tensors)} tensors: {folded(list(tensors)[:4])} ...")
+
+
+def released_as(name, release, prefix, tensors):
+    """The file's names of one of our tensors: three where q, k and v lie apart."""
+    theirs = name
+    if release.names:
+        number, numberless = re.search(r"\.(\d+)\.", name), re.sub(r"\.\d+\.", ".N.", name)
+        start = next(start for start in release.names if numberless.startswith(start))
+        theirs = release.names[start] + numberless[len(start):]
+        theirs = theirs.replace(".N.", f".{number[1]}.") if number else theirs
+    before, _, rest = theirs.partition("{")
+    choices, _, after = rest.partition("}")
+    names = [prefix + before + choice + after for choice in choices.split(",")]
+    # BERT's files of TensorFlow's time call a LayerNorm's weight and bias gamma and beta.
+    older = [name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+             for name in names]
+    return names if names[0] in tensors else older
+
+
+def rows_of_words(published, start, ours, theirs, report):
+    """BERT's word embeddings in the order of our words; one that the checkpoint lacks keeps its start."""
+    if published.shape[1:] != start.shape[1:] or not (ours or theirs) and len(published) == len(start):
+        return published                # it does not fit, or it is taken row by row
+    theirs = theirs or ours
+    if not ours or len(theirs) != len(published):
+        raise InputError(f"{report.path}: it has rows for {len(published):,} words; to follow them, give the "
+                         "model's words and the checkpoint's own vocab.txt, "
+                         f"not {len(ours or ()):,} and {len(theirs or ()):,} words")
+    row = {word: i for i, word in enumerate(theirs)}
+    known = [i for i, word in enumerate(ours) if word in row]
+    report.words = [word for word in ours if word not in row]
+    report.notes.append(f"{len(known):,} of the model's {len(ours):,} words take one of the file's "
+                        f"{len(theirs):,} rows; words without one, left at their start: "
+                        f"{', '.join(report.words[:20]) or 'none'}"
+                        + f" and {len(report.words) - 20:,} more" * (len(report.words) > 20))
+    rows = start.clone()
+    rows[known] = published[[row[ours[i]] for i in known]].to(rows)
+    return rows
+
+
+def positions_on_grid(published, start, report):
+    """CLIP's position embeddings (1 + s*s, width) -> (1 + g*g, width), interpolated; CLS keeps its own."""
+    s, g = (math.isqrt(max(0, len(x) - 1)) if x.ndim == 2 else 0 for x in (published, start))
+    if s in (0, g) or s * s != len(published) - 1:
+        return published                # it does not fit, or it is taken as it is
+    report.notes.append(f"position embeddings interpolated from {s}x{s} to {g}x{g} cells")
+    grid = published[1:].float().t().reshape(1, -1, s, s)
+    grid = F.interpolate(grid, size=(g, g), mode="bicubic")[0].flatten(1).t()
+    return torch.cat([published[:1].float(), grid])
+
+
+def open_published(path):
+    """{name: tensor} of a torch file, however nested, or of a .safetensors file."""
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")
+    return read_safetensors(path) if path.suffix == ".safetensors" else dict(named_tensors(read_torch(path)))
+
+
+@torch.no_grad()
+def load_published(part, path, vocab=None):
+    """Fills an `EdgeNeXt`, a `ViT` or an `EViLM`'s text side from a published checkpoint -> `Published`.
+
+    BERT's rows follow `part.vocab` word by word, `vocab` being the checkpoint's words where they are others;
+    where neither is known they are taken row by row. Raises InputError, and fills nothing, if the file is of
+    something else or a tensor cannot fit. BERT's miniature was published with 2 heads: the paper's 4 cut the
+    same tensors finer.
+    """
+    report, values, used = Published(Path(path)), {}, set()
+    tensors = open_published(report.path)
+    release, prefix = recognise(tensors, part, report)
+    network = {name: tensor for name, tensor in part.state_dict().items()
+               if not isinstance(part, EViLM) or name.startswith(("text_embedding.", "text_encoder."))}
+    for name, tensor in network.items():
+        keys = released_as(name, release, prefix, tensors)
+        if not all(key in tensors for key in keys):
+            report.left.append(name)
+            continue
+        found = [tensors[key] for key in keys]
+        if name == "text_embedding.words.weight":
+            found = [rows_of_words(found[0], tensor, part.vocab, vocab, report)]
+        if name == "positions":
+            found = [positions_on_grid(found[0], tensor, report)]
+        for key, value in zip(keys, found):
+            wanted = (len(tensor) // len(keys), *tensor.shape[1:])
+            if value.shape != wanted or not tensors[key].is_floating_point():
+                raise InputError(f"{path}: {key} is {tuple(tensors[key].shape)}, {tensors[key].dtype}, and "
+                                 f"does not fit {name}, {wanted}: {release.size} fits --preset paper")
+        values[name] = torch.cat(found)
+        report.filled.append(name)
+        used.update(keys)
+    for name, value in values.items():
+        network[name].copy_(value)
+    report.unused = [key for key in tensors if key not in used]
+    return report
+
+
 # --------------------------------------------------------------------------------------------------- Training
 # What the scripts share: flags, device, precision, processes, schedule, steps, checkpoints, the log.
 
@@ -922,16 +1182,15 @@ class NotFinite(InputError):
     """A loss became infinite or NaN: the run stops and its last checkpoint stays."""
 
 
-def common_flags(description, stage):
-    """The flags that all scripts share; `stage` is the prefix of preset settings ("" or "tokenizer_"), or
-    None where they depend on the task."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=stage is not None,
+def common_flags(description, stage="", settings=None):
+    """The flags that all scripts share. `stage` is the prefix of the presets' settings ("" or "tokenizer_");
+    a task has `settings` of its own, {"toy": {"epochs": ...}, "paper": ...}."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=settings is None,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def preset(name):
-        if stage is None:
-            return "default: the task's and the preset's, in SETTINGS of finetune.py"
-        toy, paper = (getattr(config, stage + name) for config in (Config.toy(), Config.paper()))
+        toy, paper = ([settings[preset][name] for preset in ("toy", "paper")] if settings else
+                      [getattr(config, stage + name) for config in (Config.toy(), Config.paper())])
         return f"default: the preset's, {toy:g} in toy, {paper:g} in paper"
 
     add = parser.add_argument
@@ -1172,22 +1431,32 @@ def save(checkpoint, path):
         draft.unlink(missing_ok=True)
 
 
+def read_torch(path, hint=""):
+    """What `torch.save` wrote. Never a pickle that could run code: `weights_only`, always."""
+    try:
+        with warnings.catch_warnings(action="ignore"):              # the error below says it in one line
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such checkpoint{hint}") from None
+    except Exception as error:      # torch.load raises whatever the bytes lead it to
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        if "TorchScript" in reason:
+            reason = "a TorchScript archive; save its weights once: torch.save(torch.jit.load(FILE)" \
+                     ".state_dict(), NEW)"
+        elif forbidden := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"beside tensors it holds {forbidden[1]}, a pickled object"
+        raise InputError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
+
+
 def load(path, *kinds, hint=""):
-    """Reads a checkpoint of this project, a file or a run's best.pt. Never a pickle that could run code:
-    `weights_only`, always.
+    """Reads a checkpoint of this project, a file or a run's best.pt.
 
     Raises InputError, naming the file, if it is none or of none of the `kinds` ("tokenizer", "pretrain", a
     task's); `hint` says what makes one.
     """
     path = Path(path)
     path = path if path.suffix == ".pt" else path / "best.pt"
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such checkpoint{hint}") from None
-    except Exception as error:      # torch.load raises whatever the bytes lead it to
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
+    checkpoint = read_torch(path, hint)
     if not isinstance(checkpoint, dict) or "kind" not in checkpoint or "config" not in checkpoint:
         raise InputError(f"{path}: not a checkpoint of this project")
     if checkpoint["kind"] not in kinds:

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 import train_tokenizer
 from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, common_flags, config_of, configure,
-                   load, make_optimizer, mask_frames, mask_words, mlm_loss, mvm_loss, prefetch, rank_of_truth,
-                   run_script, save, set_up, vtm_loss)
+                   load, load_published, make_optimizer, mask_frames, mask_words, mlm_loss, mvm_loss,
+                   prefetch, rank_of_truth, run_script, save, set_up, vtm_loss)
 from toy_data import Batches, BrokenClip, ClipCaptions, DataError, open_split, pictures, read_clip, spans
 from train_tokenizer import (captions_of, evaluation_loader, make_loader, make_vocabulary, open_clips, pad,
-                             scale)
+                             read_words, scale)
 
 LOSSES = {"vtm": vtm_loss, "mlm": mlm_loss, "mvm": mvm_loss}
 FUNCTION_WORDS = set("a an the is are there that and then while on at in of to with it".split())
@@ -38,6 +38,12 @@ def parse(argv=None):
                         "(default: runs/tokenizer)")
     parser.add_argument("--objectives", default="vtm,mlm,mvm", metavar="LIST", help="which losses of Eq. "
                         "(8), Table 5's switches; one that is off masks nothing (default: vtm,mlm,mvm)")
+    parser.add_argument("--init-video", metavar="FILE", help="published EdgeNeXt-Small that the video "
+                        "encoder starts from: a torch file or .safetensors, for --preset paper (default: "
+                        "none, it starts from nothing)")
+    parser.add_argument("--init-text", metavar="FILE", help="published BERT of 12 layers, 128 wide, that the "
+                        "language encoder starts from, its words in BERT's vocab.txt, named by --vocab "
+                        "(default: none)")
     parser.add_argument("--codes", default="auto", choices=["auto", "kept", "online"], help="MVM's labels: "
                         "kept, computed once for every source frame and saved beside the tokenizer, or "
                         "online; auto: kept where frames are not augmented (default: auto)")
@@ -49,6 +55,9 @@ def parse(argv=None):
     args.objectives = tuple(name for name in args.objectives.split(",") if name)
     if not args.objectives or set(args.objectives) - set(LOSSES):
         raise InputError(f"--objectives {','.join(args.objectives)}: a list of some of {','.join(LOSSES)}")
+    if args.init_text and not args.vocab:
+        raise InputError(f"--init-text {args.init_text}: its rows are told apart by BERT's words; name its "
+                         "vocab.txt with --vocab")
     if args.tokenizer == "none":
         args.objectives = tuple(name for name in args.objectives if name != "mvm")
     try:
@@ -449,6 +458,7 @@ def train(args, machine):
     config = configure(args)
     splits = open_clips(args, machine)
     wordpiece, config = make_vocabulary(args, config, captions_of(splits["train"]), machine)
+    rehearse(config, wordpiece, args)
     tokenizer, folder = open_tokenizer(args, config, wordpiece, machine)
     if tokenizer is not None:
         config = replace(config, codes=tokenizer.config.codes)
@@ -456,12 +466,16 @@ def train(args, machine):
                          strict=args.strict, augment=config.augment)
     torch.manual_seed(args.seed)
     model = EViLM(config).to(machine.device)
-    start_from_nothing(model, splits["train"], args, machine)
+    for report in [] if args.resume else fill_encoders(model, wordpiece, args):
+        machine.say(report)
+    if not args.init_video:
+        start_from_nothing(model, splits["train"], args, machine)
     for name in set(LOSSES) - set(args.objectives):             # a head without a loss gets no gradient
         getattr(model, f"{name}_head").requires_grad_(False)
     model.pooler.requires_grad_("vtm" in args.objectives)
     optimizer = make_optimizer(model, args.lr, config.weight_decay, machine.device)
-    run = Run(args, "pretrain", config, wordpiece.vocab, ("objectives", "tokenizer"), machine)
+    run = Run(args, "pretrain", config, wordpiece.vocab, ("objectives", "tokenizer", "init_video",
+              "init_text"), machine)
     run.start(model, optimizer, args.resume)
     online = Labels(tokenizer, machine)
     labels = label_source(online, folder, splits["train"], config, args, machine)
@@ -482,18 +496,7 @@ def train(args, machine):
         run.set_learning_rate(args.lr, config.warmup)
         if tokenizer is not None:
             batch["codes"] = labels(batch)
-        counts = dict(zip(LOSSES, machine.total(batch.pop("counts").tolist()).tolist()))
-        losses = torch.zeros(len(args.objectives), device=machine.device)
-        for part, sync in machine.parts(wrapped, batch, args.accumulate):
-            with sync:
-                with machine.autocast():
-                    predicted = masked_pass(wrapped, part, args.objectives)
-                # Each loss is a sum over the count of the whole batch; several processes average, hence the
-                # factor.
-                shares = [LOSSES[name](*predicted[name], counts[name]) * machine.world
-                          for name in args.objectives]
-                sum(shares).backward()                                                      # Eq. (8)
-            losses += torch.stack(shares).detach() / machine.world
+        losses = learn(wrapped, batch, args, machine)
         run.optimise(losses)
         run.state["sums"] = sums = sums + losses
         if run.step in keep and machine.main:
@@ -512,6 +515,41 @@ def train(args, machine):
     run.say_speed()
     if machine.main:
         finish(model, run, splits, online, collate, args, machine.alone())
+
+
+def learn(model, batch, args, machine):
+    """The gradients of Eq. (8) on a batch, in parts (--accumulate) -> this process's share of each loss."""
+    counts = dict(zip(LOSSES, machine.total(batch.pop("counts").tolist()).tolist()))
+    losses = torch.zeros(len(args.objectives), device=machine.device)
+    for part, sync in machine.parts(model, batch, args.accumulate):
+        with sync:
+            with machine.autocast():
+                predicted = masked_pass(model, part, args.objectives)
+            # Each loss is a sum over the count of the whole batch; processes average, hence the factor.
+            shares = [LOSSES[name](*predicted[name], counts[name]) * machine.world
+                      for name in args.objectives]
+            sum(shares).backward()                                                          # Eq. (8)
+        losses += torch.stack(shares).detach() / machine.world
+    return losses
+
+
+def rehearse(config, wordpiece, args):
+    """Fills encoders without numbers: a file that does not fit is told of before a tokenizer is trained."""
+    if (args.init_video or args.init_text) and not args.resume:
+        with torch.device("meta"):
+            model = EViLM(config)
+        fill_encoders(model, wordpiece, args)
+
+
+def fill_encoders(model, wordpiece, args):
+    """Published weights where --init-video and --init-text name them -> reports of what was filled."""
+    reports = []
+    if args.init_video:
+        reports.append(load_published(model.video_encoder, args.init_video))
+    if args.init_text:
+        model.vocab = wordpiece.vocab
+        reports.append(load_published(model, args.init_text, read_words(args.vocab)))
+    return reports
 
 
 def start_from_nothing(model, manifest, args, machine, clips=64):

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 import toy_data
 from evilm import (SPECIAL, Config, InputError, Run, SemanticTokenizer, WordPiece, common_flags, configure,
-                   focal_loss, load, make_optimizer, prefetch, run_script, set_up, words_present)
+                   focal_loss, load, load_published, make_optimizer, prefetch, run_script, set_up,
+                   words_present)
 from toy_data import Batches, ClipCaptions, DataError, pictures
 
 SYNTHETIC = "data/toy"          # rendered on first use; a folder that the user names is never made up
@@ -38,6 +39,9 @@ def parse(argv=None):
     parser.add_argument("--revive-after", type=int, default=20, metavar="STEPS", help="move a code that no "
                         "cell chose for so many steps to an encoder output; 0: never, as in the paper "
                         "(default: 20)")
+    parser.add_argument("--init-tokenizer", metavar="FILE", help="published CLIP ViT-B/32 that the encoder "
+                        "starts from, as in the paper: a torch file or .safetensors, for --preset paper "
+                        "(default: none, it starts from nothing)")
     parser.add_argument("--out", default="runs/tokenizer", metavar="DIR", help="the run's folder (default: "
                         "runs/tokenizer)")
     return parser.parse_args(argv)
@@ -47,11 +51,11 @@ def parse(argv=None):
 
 
 def open_clips(args, machine, task=""):
-    """The manifests {"train", "val", "test"} of a task's files in --data, by default those of the captions; the
+    """The manifests {"train", "val", "test"} of a task's files in --data, by default of the captions; the
     synthetic set is rendered on first use."""
     if args.data == SYNTHETIC:
         machine.first(lambda: Path(SYNTHETIC).exists() or toy_data.render(SYNTHETIC))
-    machine.first(lambda: toy_data.open_splits(args.data, task))    # writes the index that the others then map
+    machine.first(lambda: toy_data.open_splits(args.data, task))    # writes the index that others then map
     splits, notes = toy_data.open_splits(args.data, task)
     for note in notes:
         machine.say(note)
@@ -62,13 +66,18 @@ def captions_of(manifest):
     return (row["caption"] for row in manifest)
 
 
+def read_words(path):
+    """The words of BERT's vocab.txt, one a line."""
+    try:
+        return Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--vocab {path}: cannot be read ({error})") from None
+
+
 def make_vocabulary(args, config, texts, machine):
     """WordPiece for the training texts, and the Config with the number of words in use."""
     if args.vocab:
-        try:
-            whole = WordPiece(Path(args.vocab).read_text(encoding="utf-8").split("\n"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--vocab {args.vocab}: cannot be read ({error})") from None
+        whole = WordPiece(read_words(args.vocab))
         wordpiece = whole.keep_frequent(texts, min(1.0, config.vocab_rows / len(whole)))
     else:
         wordpiece = WordPiece.from_captions(texts, config.vocab_rows)
@@ -187,8 +196,10 @@ def train(args, machine):
                          strict=args.strict, augment=config.augment, mismatched=False)
     torch.manual_seed(args.seed)
     tokenizer = SemanticTokenizer(config).to(machine.device)
+    if args.init_tokenizer and not args.resume:
+        machine.say(load_published(tokenizer.encoder, args.init_tokenizer))
     optimizer = make_optimizer(tokenizer, args.lr, config.weight_decay, machine.device)
-    run = Run(args, "tokenizer", config, wordpiece.vocab, ("loss", "revive_after"), machine)
+    run = Run(args, "tokenizer", config, wordpiece.vocab, ("loss", "revive_after", "init_tokenizer"), machine)
     run.start(tokenizer, optimizer, args.resume)
 
     epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch

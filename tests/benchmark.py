@@ -226,8 +226,8 @@ def open_manifest(path, queue):
 
 @torch.no_grad()
 def retrieval(args, machine, clips=1000, queries=20, words=12):
-    """Fast retrieval (4.4) of 1,000 captions among 1,000 clips beside joint scoring of the same, on pixels and
-    words that are made up; then ranking among a million vectors that are kept on disk."""
+    """Fast retrieval (4.4) of 1,000 captions among 1,000 clips beside joint scoring of the same, on made-up
+    pixels and words; then ranking among a million vectors that are kept on disk."""
     config = Config.toy()
     model = evilm.FastRetrieval(EViLM(config)).eval().to(machine.device)
     frames = torch.randint(0, 256, (clips, config.frames, 3, config.size, config.size), dtype=torch.uint8)
@@ -248,8 +248,8 @@ def retrieval(args, machine, clips=1000, queries=20, words=12):
     seconds = median_times(machine.device, fast, joint, repeats=3)
     whole = seconds[1] * clips / queries
     print(f"\nretrieval of {clips:,} captions among {clips:,} clips, toy preset, vectors and scores\n"
-          f"  fast {seconds[0]:.2f} s; joint {whole:.0f} s ({queries} captions timed, times {clips // queries}): "
-          f"{whole / seconds[0]:.0f} times as long")
+          f"  fast {seconds[0]:.2f} s; joint {whole:.0f} s ({queries} captions timed, times "
+          f"{clips // queries}): {whole / seconds[0]:.0f} times as long")
     seconds, memory = in_own_process(rank_a_million)
     print(f"  1,000 queries ranked among 1,000,000 vectors of {config.width} on disk: {seconds:.1f} s, "
           f"{memory:.2f} GiB in all")

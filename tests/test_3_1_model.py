@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import plain
 import pytest
+import released
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -23,78 +24,6 @@ def unlike(a, b):
 # ---------------------------------------------------------------------------------------------- video encoder
 
 
-def over_channels(x, w, at):
-    return plain.norm(x.permute(0, 2, 3, 1), w, at, 1e-6).permute(0, 3, 1, 2)
-
-
-def pointwise(x, w, at):
-    """The two linear layers of both blocks, times gamma: (N, C, H, W)."""
-    x = plain.norm(x.permute(0, 2, 3, 1), w, at + "norm", 1e-6)
-    x = plain.linear(plain.gelu(plain.linear(x, w, at + "pwconv1")), w, at + "pwconv2")
-    return (w[at + "gamma"] * x).permute(0, 3, 1, 2)
-
-
-def conv_encoder(x, w, at, kernel):
-    y = F.conv2d(x, w[at + "dwconv.weight"], w[at + "dwconv.bias"], padding=(kernel - 1) // 2,
-                 groups=x.shape[1])
-    return x + pointwise(y, w, at)
-
-
-def fourier(H, W, waves=32):
-    """The release's PositionalEncodingFourier: (2 * waves, H, W), rows first, sine and cosine by turns."""
-    ones = torch.ones(H, W, dtype=torch.float64)
-    down, right = ones.cumsum(0), ones.cumsum(1)
-    down, right = (2 * math.pi * down / (down[-1:] + 1e-6)), (2 * math.pi * right / (right[:, -1:] + 1e-6))
-    channels = []
-    for coordinate in (down, right):
-        for i in range(waves):
-            angle = coordinate / 10000 ** (2 * (i // 2) / waves)
-            channels.append(angle.cos() if i % 2 else angle.sin())
-    return torch.stack(channels)
-
-
-def sdta_encoder(x, w, at, scales, heads, positions):
-    N, C, H, W = x.shape
-    width = math.ceil(C / scales)
-    parts = x.split(width, 1)
-    done = []
-    for i in range(scales - 1):
-        part = parts[i] if i == 0 else parts[i] + done[-1]
-        done.append(F.conv2d(part, w[f"{at}convs.{i}.weight"], w[f"{at}convs.{i}.bias"], padding=1,
-                             groups=width))
-    y = torch.cat([*done, parts[scales - 1]], 1)
-    if positions:
-        y = y + F.conv2d(fourier(H, W)[None], w[at + "pos_embd.token_projection.weight"],
-                         w[at + "pos_embd.token_projection.bias"])
-    y = y.flatten(2).transpose(1, 2)                                                        # (N, cells, C)
-    qkv, attended, c = (plain.linear(plain.norm(y, w, at + "norm_xca", 1e-6), w, at + "xca.qkv"), [],
-                        C // heads)
-    for n in range(N):
-        channels = []
-        for h in range(heads):
-            # each (c, cells)
-            q, k, v = (qkv[n, :, which * C + h * c:which * C + (h + 1) * c].T for which in range(3))
-            q, k = (m / m.norm(dim=1, keepdim=True) for m in (q, k))
-            channels.append(plain.softmax(q @ k.T * w[at + "xca.temperature"][h]) @ v)
-        attended.append(torch.cat(channels).T)
-    y = y + w[at + "gamma_xca"] * plain.linear(torch.stack(attended), w, at + "xca.proj")
-    return x + pointwise(y.transpose(1, 2).reshape(N, C, H, W), w, at)
-
-
-def edgenext(x, w, depths, kernels, scales, heads):
-    for i, depth in enumerate(depths):
-        at = f"downsample_layers.{i}."
-        if i == 0:
-            x = over_channels(F.conv2d(x, w[at + "0.weight"], w[at + "0.bias"], stride=4), w, at + "1")
-        else:
-            x = F.conv2d(over_channels(x, w, at + "0"), w[at + "1.weight"], w[at + "1.bias"], stride=2)
-        for j in range(depth):
-            at = f"stages.{i}.{j}."
-            x = (sdta_encoder(x, w, at, scales[i], heads, positions=i == 1) if i > 0 and j == depth - 1
-                 else conv_encoder(x, w, at, kernels[i]))
-    return over_channels(x, w, "norm")
-
-
 @pytest.mark.parametrize("depths, dims, kernels, scales, heads, size", [
     ((1, 2, 3, 1), (8, 12, 20, 28), (3, 5, 7, 9), (2, 2, 3, 4), 4, (64, 96)),
     ((2, 1, 1, 2), (6, 16, 24, 32), (5, 3, 3, 7), (2, 4, 2, 3), 8, (96, 32)),
@@ -106,50 +35,13 @@ def test_edgenext_against_a_plain_computation(randomise, depths, dims, kernels, 
         ours = model(x)
     assert ours.shape == (2, dims[-1], size[0] // 32, size[1] // 32)
     # our sines are float32
-    near(ours, edgenext(x, plain.weights(model), depths, kernels, scales, heads), atol=1e-5)
-
-
-def released_shapes():
-    """Keys and shapes of the release's edgenext_small, without its head, from its table of stages."""
-    shapes = {}
-
-    def add(at, *shape, bias=True):
-        shapes[at + ".weight"] = shape
-        if bias:
-            shapes[at + ".bias"] = shape[:1]
-
-    before = 3
-    for i, (depth, dim, kernel, scale) in enumerate([(3, 48, 3, 0), (3, 96, 5, 2), (9, 160, 7, 3),
-                                                     (3, 304, 9, 4)]):
-        convolution, norm = (0, 1) if i == 0 else (1, 0)
-        add(f"downsample_layers.{i}.{convolution}", dim, before, *((4, 4) if i == 0 else (2, 2)))
-        add(f"downsample_layers.{i}.{norm}", dim if i == 0 else before)
-        for j in range(depth):
-            at = f"stages.{i}.{j}."
-            shapes[at + "gamma"] = (dim,)
-            add(at + "norm", dim)
-            add(at + "pwconv1", 4 * dim, dim)
-            add(at + "pwconv2", dim, 4 * dim)
-            if i == 0 or j < depth - 1:
-                add(at + "dwconv", dim, 1, kernel, kernel)
-                continue
-            shapes[at + "gamma_xca"], shapes[at + "xca.temperature"] = (dim,), (8, 1, 1)
-            add(at + "norm_xca", dim)
-            add(at + "xca.qkv", 3 * dim, dim)
-            add(at + "xca.proj", dim, dim)
-            for k in range(scale - 1):
-                add(f"{at}convs.{k}", -(-dim // scale), 1, 3, 3)
-            if i == 1:
-                add(at + "pos_embd.token_projection", dim, 64, 1, 1)
-        before = dim
-    add("norm", 304)
-    return shapes
+    near(ours, plain.edgenext(x, plain.weights(model), depths, kernels, scales, heads), atol=1e-5)
 
 
 def test_edgenext_small_has_the_releases_keys_and_shapes():
     with torch.device("meta"):
         ours = {name: tuple(value.shape) for name, value in EdgeNeXt().state_dict().items()}
-    assert ours == released_shapes()
+    assert ours == {key: shape for key, shape in released.edgenext_small().items() if key[:4] != "head"}
     assert sum(map(math.prod, ours.values())) == 5_281_832
 
 

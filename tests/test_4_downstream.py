@@ -139,7 +139,7 @@ def test_a_tasks_words_take_rows_that_no_word_used():
     wordpiece = WordPiece.from_captions(["a red circle", "a red star"])
     longer = wordpiece.add_words(["what colour is it?", "what is red?"], 13)
     assert longer.vocab[:len(wordpiece)] == wordpiece.vocab
-    assert longer.vocab[len(wordpiece):] == ["?", "is", "what", "colour"], "by count, then by letter, 13 in all"
+    assert longer.vocab[len(wordpiece):] == ["?", "is", "what", "colour"], "by count, then letter; 13 in all"
     assert len(wordpiece.add_words(["what"], len(wordpiece))) == len(wordpiece)
 
 
