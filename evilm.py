@@ -629,6 +629,7 @@ def mask_words(ids, vocab_size, generator, ratio=0.15):
 
 
 def cross_entropy(logits, targets, count=None):
+    """The sum over i of -log softmax(logits[i])[targets[i]], over the count. (n, classes), (n,) -> scalar."""
     total = F.cross_entropy(logits.float(), targets, reduction="sum")
     return total / max(1, len(targets) if count is None else count)
 

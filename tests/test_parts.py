@@ -1,0 +1,159 @@
+"""Small claims about one part at a time, by hand: what whoever writes that part anew can follow on paper."""
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+from evilm import CrossCovarianceAttention, EViLM, SDTAEncoder, rank_of_truth
+
+
+def near(ours, expected):
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------- Cross-covariance attention
+
+
+def bare_attention(dim, heads, temperature):
+    """q, k and v are the input itself, and nothing is projected after."""
+    xca = CrossCovarianceAttention(dim, heads)
+    with torch.no_grad():
+        xca.qkv.weight.copy_(torch.eye(dim).repeat(3, 1))
+        xca.proj.weight.copy_(torch.eye(dim))
+        xca.temperature.copy_(torch.tensor(temperature)[:, None, None])
+        for linear in (xca.qkv, xca.proj):
+            linear.bias.zero_()
+    return xca
+
+
+def test_xca_keeps_the_shape_whatever_the_number_of_cells():
+    xca = CrossCovarianceAttention(12, 3)
+    for cells in (1, 5, 12):
+        assert xca(torch.randn(2, cells, 12)).shape == (2, cells, 12)
+
+
+def test_xca_by_hand_mixes_two_channels_three_to_one():
+    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])    # (1, 3 cells, 2 channels): no cell in common
+    expected = torch.tensor([[[0.75, 0.25], [0.25, 0.75], [0.0, 0.0]]])
+    near(bare_attention(2, 1, [math.log(3)])(x), expected)      # softmax of (ln 3, 0) is (3/4, 1/4)
+
+
+def test_xca_by_hand_long_and_short_channels_are_attended_to_alike():
+    x = torch.tensor([[[100.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])
+    expected = torch.tensor([[[75.0, 25.0], [0.25, 0.75], [0.0, 0.0]]])
+    near(bare_attention(2, 1, [math.log(3)])(x), expected)
+
+
+def test_xca_each_head_has_its_own_channels_and_its_own_temperature():
+    x = torch.tensor([[[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]])
+    expected = torch.tensor([[[0.75, 0.25, 0.5, 0.5], [0.25, 0.75, 0.5, 0.5]]])
+    near(bare_attention(4, 2, [math.log(3), 0.0])(x), expected)
+
+
+# ------------------------------------------------------------------------------------------------ The cascade
+
+
+def bare_cascade(dim, scales, factors):
+    """The convolutions are products with a number: part i with factors[i]."""
+    block = SDTAEncoder(dim, scales, heads=1, layer_scale=1.0, positions=False)
+    with torch.no_grad():
+        for conv, factor in zip(block.convs, factors, strict=True):
+            conv.bias.zero_()
+            conv.weight.zero_()[:, :, 1, 1] = factor
+    return block.cascade
+
+
+def test_cascade_by_hand_convolves_each_part_with_the_result_before_it():
+    x = torch.tensor([1.0, 10.0, 100.0, 1000.0])[None, :, None, None].expand(1, 4, 2, 2)
+    y = bare_cascade(4, 4, [2.0, 3.0, 5.0])(x)                  # 2 * 1, 3 * (10 + 2), 5 * (100 + 36)
+    assert y[0, :, 0, 0].tolist() == [2.0, 36.0, 680.0, 1000.0]
+
+
+def test_cascade_the_last_part_passes_untouched_and_may_be_narrower():
+    x = torch.randn(2, 8, 3, 5)                                 # parts of 3, 3 and 2 channels
+    y = bare_cascade(8, 3, [2.0, 3.0])(x)
+    assert y.shape == x.shape and torch.equal(y[:, 6:], x[:, 6:])
+    near(y[:, :3], 2 * x[:, :3])
+
+
+def test_cascade_leaves_its_input_as_it_was():
+    x = torch.randn(2, 8, 3, 5)                                 # the block adds it to what comes out
+    before = x.clone()
+    bare_cascade(8, 2, [2.0])(x)
+    assert torch.equal(x, before)
+
+
+# ---------------------------------------------------------------------------------------------------- Eq. (2)
+
+
+class Echo(nn.Module):
+    """Stands in for the decoder: gives back what it reads, and remembers which positions it was shown."""
+
+    def forward(self, x, mask=None):
+        self.seen = mask
+        return x
+
+
+@pytest.fixture
+def echoing(tiny):
+    """A model whose token types are 1, 10 and 100 for e^CLS, t^L and t^V, and whose decoder does nothing."""
+    model = EViLM(tiny)
+    model.decoder = Echo()
+    with torch.no_grad():
+        model.token_type.copy_(torch.tensor([[1.0], [10.0], [100.0]]).expand(3, 36))
+    return model
+
+
+def test_eq2_cls_comes_out_first_then_the_words_then_the_cells(echoing):
+    text, video = torch.zeros(2, 5, 36), torch.zeros(2, 8, 36)
+    h_cls, h_text, h_video = echoing.fuse(video, text, torch.ones(2, 5, dtype=torch.bool))
+    assert h_cls.shape == (2, 36)
+    assert h_text.shape == (2, 5, 36)
+    assert h_video.shape == (2, 8, 36)
+
+
+def test_eq2_by_hand_each_side_gets_its_token_type(echoing):
+    text, video = torch.full((2, 5, 36), 2.0), torch.full((2, 8, 36), 3.0)
+    h_cls, h_text, h_video = echoing.fuse(video, text, torch.ones(2, 5, dtype=torch.bool))
+    near(h_cls, torch.full((2, 36), 1.0))                       # e^CLS
+    near(h_text, torch.full((2, 5, 36), 12.0))                  # e^L + t^L
+    near(h_video, torch.full((2, 8, 36), 103.0))                # e^V + t^V
+
+
+def test_eq2_the_decoder_is_shown_everything_but_padding(echoing):
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    echoing.fuse(torch.zeros(2, 4, 36), torch.zeros(2, 3, 36), mask)
+    assert echoing.decoder.seen.int().tolist() == [[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 1, 1]]
+
+
+def test_eq2_one_side_alone_gives_none_for_the_other(echoing):
+    text, video = torch.full((2, 3, 36), 2.0), torch.full((2, 4, 36), 3.0)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    h_cls, h_text, h_video = echoing.fuse(None, text, mask)
+    assert h_video is None
+    near(h_text, torch.full((2, 3, 36), 12.0))
+    assert echoing.decoder.seen.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    h_cls, h_text, h_video = echoing.fuse(video, None, None)
+    assert h_text is None
+    near(h_video, torch.full((2, 4, 36), 103.0))
+
+
+# ------------------------------------------------------------------------------------------------ Recall at K
+
+
+def test_a_rank_is_one_for_the_best_score_and_counts_from_there():
+    scores = torch.tensor([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5], [0.9, 0.1, 0.5]])
+    assert rank_of_truth(scores, torch.tensor([0, 2, 1])).tolist() == [1, 2, 3]
+
+
+def test_recall_at_k_is_the_share_of_queries_whose_right_item_is_among_the_k_best():
+    scores, truth = torch.randn(200, 30), torch.randint(30, (200,))
+    ranks = rank_of_truth(scores, truth)
+    for k in (1, 5, 10, 30):
+        found = sum(int(right in row.topk(k).indices) for row, right in zip(scores, truth))
+        assert int((ranks <= k).sum()) == found
+
+
+def test_a_model_that_scores_everything_alike_recalls_nothing():
+    assert rank_of_truth(torch.zeros(2, 5), torch.tensor([0, 3])).tolist() == [5, 5]
