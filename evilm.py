@@ -26,6 +26,7 @@ A mask is True where something is there (a real word); `chosen` is True where so
 import argparse
 import contextlib
 import errno
+import inspect
 import json
 import math
 import os
@@ -38,6 +39,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -1215,8 +1217,8 @@ def common_flags(description, stage="", settings=None):
     add("--compile", action="store_true", help="torch.compile the model: slow start, then faster "
         "(default: off)")
     add("--seed", type=int, default=0, help="all randomness follows from it (default: 0)")
-    add("--save-every", type=positive, default=200, metavar="STEPS", help="write last.pt so often, and after "
-        "each epoch (default: 200)")
+    add("--save-every", type=positive, default=200, metavar="STEPS", help="write last.pt so often, and at "
+        "each evaluation (default: 200)")
     add("--resume", action="store_true", help="go on from OUT/last.pt, to the same weights as an unbroken "
         "run")
     add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
@@ -1670,12 +1672,90 @@ def multiply_adds(config, words=30):
             "tokenizer": cost(tokenizer.tokenize, frames)[0]}
 
 
+# What a trace shows: the parts whose names match, and where the paper tells of them.
+TRACED = {
+    r"video_encoder\.(downsample_layers\.\d|stages\.\d\.\d+|norm)": "3.1 EdgeNeXt", r"video_proj": "Eq. (1)",
+    r"text_embedding": "3.1 BERT", r"text_encoder\.\d+": "3.1 BERT", r"text_proj": "Eq. (1)",
+    r"decoder\.\d+": "Eq. (2)", r"pooler": "3.4 VTM", r"(vtm|mlm|mvm)_head": "Eq. (8)"}
+TRACED_TOKENIZER = {
+    r"encoder\.(patch|blocks\.\d+)": "3.3 E", r"proj": "3.3 E", r"quantizer": "Eq. (4), (7)",
+    r"expand": "3.3 D", r"decoder\.\d+": "3.3 D", r"head": "Eq. (5)"}
+
+
+class Trace:
+    """Follows one clip and its caption through the running model: a line a step, by hooks on its parts."""
+
+    def __init__(self):
+        print(f"{'paper':<14}{'step':<38}{'evilm.py':>9}{'ms':>8}{'parameters':>12}  in -> out")
+
+    @staticmethod
+    def shapes(values):
+        return ", ".join(str(tuple(x.shape)) if torch.is_tensor(x) else f"{x:g}" for x in values
+                         if torch.is_tensor(x) or isinstance(x, float))
+
+    def show(self, paper, step, source, seconds, parameters, inputs, outputs):
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        # A scalar is a loss: its value says more than its shape.
+        outputs = [x.item() if torch.is_tensor(x) and x.ndim == 0 else x for x in outputs]
+        line = inspect.getsourcelines(source)[1] if inspect.getsourcefile(source) == __file__ else ""
+        print(f"{paper:<14}{step:<38}{line:>9}{1000 * seconds:8.2f}{parameters or '':>12}  "
+              f"{self.shapes(inputs)} -> {self.shapes(outputs)}")
+
+    def follow(self, network, traced):
+        """From now on each part of the network that `traced` matches is shown as it is called."""
+        for name, part in network.named_modules():
+            paper = next((paper for pattern, paper in traced.items() if re.fullmatch(pattern, name)), None)
+            if paper:
+                part.register_forward_pre_hook(lambda part, _: setattr(part, "began", time.perf_counter()))
+                part.register_forward_hook(partial(self.called, paper, name))
+
+    def called(self, paper, name, part, inputs, outputs):
+        seconds, source = time.perf_counter() - part.began, type(part)
+        count = sum(p.numel() for p in part.parameters())
+        step = name if source.__module__.startswith("torch") else f"{name} {source.__name__}"
+        self.show(paper, step, source, seconds, f"{count:,}", inputs, outputs)
+
+    def call(self, paper, function, *inputs):
+        """Calls a function of this file and shows it."""
+        began = time.perf_counter()
+        outputs = function(*inputs)
+        self.show(paper, function.__name__, function, time.perf_counter() - began, "", inputs, outputs)
+        return outputs
+
+
+@torch.no_grad()
+def trace(config, words=12):
+    """Prints what a clip (of noise) and a caption (of made-up words) pass through, down to the losses."""
+    generator = torch.Generator().manual_seed(0)
+    model, tokenizer, tell = EViLM(config).eval(), SemanticTokenizer(config).eval(), Trace()
+    frames = torch.rand(1, config.frames, 3, config.size, config.size, generator=generator)
+    ids = torch.tensor([[CLS, *range(5, 5 + words), SEP]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    cells = tell.call("3.2", block_mask, config.frames, config.grid, config.mask_ratio, generator)[None]
+    masked, chosen = tell.call("3.2", mask_words, ids[0], config.words, generator, config.word_ratio)
+    seen = tell.call("3.2", mask_frames, frames, cells)
+    tell.follow(tokenizer, TRACED_TOKENIZER)
+    tell.follow(model, TRACED)
+    logits, codes, code_loss = tokenizer(frames)
+    tell.call("Eq. (6)", focal_loss, logits, words_present(ids, mask, config.words))
+    wrong = ids.flip(1)                                             # stands for another clip's caption
+    vtm, mlm, mvm = model(seen, masked[None], mask, chosen[None], cells.flatten(1), (wrong, mask))
+    losses = [tell.call("Eq. (8)", vtm_loss, vtm, torch.tensor([1, 0])),
+              tell.call("Eq. (8)", mlm_loss, mlm, ids[0][chosen]),
+              tell.call("Eq. (3)", mvm_loss, mvm, codes[cells])]
+    print(f"L = L_VTM + L_MLM + L_MVM = {float(sum(losses)):.3f}; L_SVQ's code terms {float(code_loss):.3f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Prints Table 8 and the multiply-adds, ours beside the "
                                      "paper's.", allow_abbrev=False)
     parser.add_argument("--preset", default="paper", metavar="toy|paper", help="default: paper")
+    parser.add_argument("--trace", action="store_true", help="instead: follow one clip and its caption "
+                        "through the model, step by step")
     args = parser.parse_args()
     config = preset_named(args.preset)
+    if args.trace:
+        return trace(config)
     print(f"Table 8, preset {args.preset}\n{'':<28}{'parameters':>12}{'paper':>9}")
     for name, count, paper in table8(config):
         print(f"{name:<28}{count:>12,}{paper:>9}")

@@ -482,6 +482,7 @@ def train(args, machine):
 
     epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
     run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
+    look = epoch * max(1, args.epochs // 10)        # an evaluation ten times a run, or every epoch
     keep = {max(1, round(share * run.steps)): share for share in args.keep_at}
     batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank,
                       machine.world)
@@ -501,8 +502,8 @@ def train(args, machine):
         run.state["sums"] = sums = sums + losses
         if run.step in keep and machine.main:
             save(run.checkpoint(), run.folder / f"at-{keep[run.step]:g}.pt")
-        if run.step % epoch == 0 or run.step == run.steps:
-            since = (run.step - 1) % epoch + 1
+        if run.step % look == 0 or run.step == run.steps:
+            since = (run.step - 1) % look + 1
             scores = evaluate(model, held_out, online, wordpiece, args.objectives, machine)
             trained = machine.total(sums) / since
             run.log(split="val", **scores,

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch._utils import ExceptionWrapper
 
-from toy_data import clips
-from toy_data.clips import BrokenClip, ClipCaptions, DataError, Manifest, is_true, read_clip, spans
+from toy_data import clips, render
+from toy_data.clips import (BrokenClip, ClipCaptions, DataError, Manifest, is_true, open_splits, read_clip,
+                            spans)
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not on the PATH")
 
@@ -497,3 +498,19 @@ def test_the_loader_knows_nothing_of_the_model():
     imported = "import sys; import toy_data.clips; sys.exit('evilm' in sys.modules)"
     root = Path(clips.__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", imported], cwd=root).returncode == 0
+
+
+def test_clips_that_are_kept_give_the_samples_of_clips_that_are_read(tmp_path, monkeypatch):
+    render(tmp_path / "set", 45)
+    manifest = open_splits(tmp_path / "set")[0]["train"]
+
+    def samples(room):
+        monkeypatch.setattr("toy_data.clips.MOST_KEPT", room)
+        dataset = ClipCaptions(manifest, 4, 64, seed=3, train=True)
+        found = [dataset[epoch, i]["frames"] for epoch in range(3) for i in range(8)]
+        return found, dataset
+
+    (kept, all_kept), (read, none), (some, few) = samples(1 << 29), samples(0), samples(400_000)
+    assert len(all_kept.kept) == 8 and not none.kept and 0 < len(few.kept) < 8
+    assert sum(frames.nbytes for frames in few.kept.values()) <= 400_000
+    assert all(a.equal(b) and a.equal(c) for a, b, c in zip(kept, read, some))

@@ -31,6 +31,8 @@ from PIL import Image
 
 MOST_PIXELS = 100_000_000  # of one frame
 MOST_FRAMES = 1_000_000  # of one clip
+SMALL = 20_000  # bytes of a clip on disk that is decoded whole and stays in memory
+MOST_KEPT = 1 << 29  # bytes of such clips, decoded, in one process
 PATIENCE = 120  # seconds that one ffmpeg call may take
 IMAGE_SUFFIXES = {".gif", ".webp", ".png", ".apng", ".jpg", ".jpeg", ".bmp"}
 IMAGE_FORMATS = ("GIF", "WEBP", "PNG", "JPEG", "BMP")  # none for which Pillow starts other programs
@@ -522,12 +524,13 @@ class ClipCaptions(torch.utils.data.Dataset):
     A sample depends on (seed, epoch, index) alone, whichever process makes it. `train` takes random frames,
     else it is the middle ones, as in epoch 0 whatever the epoch. A broken clip is replaced by a row drawn at
     random; with `strict` it is a DataError, and so are 50 in a row. `augment` crops and resizes at random,
-    all frames alike, and never flips: "left" is a word.
+    all frames alike, and never flips: "left" is a word. Small clips stay in memory once they are decoded.
     """
 
     def __init__(self, manifest, frames, size, seed, train, strict=False, augment=False, mismatched=True):
         self.manifest, self.frames, self.size, self.seed = manifest, frames, size, seed
         self.train, self.strict, self.augment, self.mismatched = train, strict, augment, mismatched
+        self.kept, self.room = {}, MOST_KEPT
 
     def __len__(self):
         return len(self.manifest)
@@ -564,10 +567,25 @@ class ClipCaptions(torch.utils.data.Dataset):
     def read(self, row, generator):
         path = self.manifest.video_path(row)
         sparsely = generator if self.train else None
-        if not self.augment:
+        if self.augment:
+            frames, numbers = read_clip(path, lambda count: spans(count, self.frames, sparsely))
+            return random_crop(frames, self.size, generator), numbers
+        if path not in self.kept and not self.keep(path):
             return read_clip(path, lambda count: spans(count, self.frames, sparsely), self.size)
-        frames, numbers = read_clip(path, lambda count: spans(count, self.frames, sparsely))
-        return random_crop(frames, self.size, generator), numbers
+        numbers = spans(len(self.kept[path]), self.frames, sparsely)
+        return self.kept[path][numbers], numbers
+
+    def keep(self, path):
+        """Decodes all of a small clip and keeps it, as long as there is room."""
+        if not self.room or not path.is_file() or path.stat().st_size > SMALL:
+            return False
+        frames, _ = read_clip(path, size=self.size)
+        if frames.nbytes > self.room:
+            self.room = 0
+            return False
+        self.kept[path] = frames
+        self.room -= frames.nbytes
+        return True
 
     def mismatch(self, row, generator):
         """The caption of another video, other than this clip's and, where `shows` tells, false of it."""
