@@ -15,6 +15,7 @@ from exercises import EXERCISES, claim, difference, emptied, lines_of_cut, repla
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = (ROOT / "evilm.py").read_text()
+pytestmark = pytest.mark.slow
 each = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
 
 
