@@ -223,7 +223,7 @@ def test_a_resumed_run_ends_with_the_same_weights(go, home, flags, monkeypatch):
         shutil.rmtree(home / name)
 
 
-@pytest.mark.parametrize("task", ["retrieval", "qa"])
+@pytest.mark.parametrize("task", ["retrieval", pytest.param("qa", marks=pytest.mark.slow)])
 def test_two_processes_train_to_the_weights_of_one(go, home, task):
     go(task, "--out", f"one-{task}", "--batch-size", "16")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",

@@ -387,6 +387,7 @@ def test_every_label_is_written_beside_its_row_and_below_its_column(times):
         assert all(part.min() < 160 and part[0] == part[-1] == 255 for part in parts)
 
 
+@pytest.mark.slow
 def test_four_hundred_labels_stay_one_page():
     page = drawn(pictures.confusion, np.eye(400, dtype=int), [f"{LONG[:20]} {i}" for i in range(400)])
     assert max(page.shape) < 3600 and count(page, GREEN) > 400 * 6 * 6
