@@ -5,8 +5,8 @@ the paper's.
 
     paper                                   here
     3.1   video encoder (EdgeNeXt)          EdgeNeXt, ConvEncoder, SDTAEncoder, CrossCovarianceAttention
-    3.1   language encoder (tiny BERT)      WordPiece, TextEmbedding, TextEncoder
-    3.1   multi-modal decoder               TransformerBlock
+    3.1   language encoder (tiny BERT)      WordPiece, TextEmbedding, Transformer
+    3.1   multi-modal decoder               Transformer
     (1)   e^V, e^L                          EViLM.encode_video, EViLM.encode_text
     (2)   h^CLS, h^L, h^V                   EViLM.fuse
     3.2   masked frames and words           block_mask, mask_frames, mask_words
@@ -17,8 +17,10 @@ the paper's.
     (7)   L_SVQ                             VectorQuantizer, train_tokenizer.py
     (8)   L = L_MLM + L_VTM + L_MVM         EViLM.forward, pretrain.py
     4     R@K, multiple choice              rank_of_truth, EViLM.match
+    4.2   questions, options; linear probe  Choice, LinearProbe
+    4.4   fast retrieval                    FastRetrieval, contrastive_loss, ranks_by_cosine
     4.1   weights that others published     load_published
-    T.8   parameters                        table8
+    T.8   parameters; a clip's way through  table8, trace
 
 Shapes: B clips, T frames, L words, g cells a side, N = T*g*g cells, D the decoder's width, K words, M codes.
 A mask is True where something is there (a real word); `chosen` is True where something was masked.
@@ -652,6 +654,11 @@ def mlm_loss(logits, targets, count=None):
 def vtm_loss(logits, targets, count=None):
     """L_VTM of Eq. (8): logits (n, 2), targets (n,): 1 for a pair that matches, else 0 -> scalar."""
     return cross_entropy(logits, targets, count)
+
+
+def vtm_targets(logits):
+    """Which pairs match: the first half of (2B, 2), as `EViLM.forward` orders them -> (2B,) of 1 and 0."""
+    return torch.arange(len(logits), device=logits.device).lt(len(logits) // 2).long()
 
 
 def focal_loss(logits, targets):
@@ -1394,6 +1401,12 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+def on_device(batch, device):
+    """The batch with its tensors on the device; what stays on the CPU is NumPy's or a list."""
+    return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in batch.items()}
+
+
 def prefetch(loader, device):
     """Yields (batch on the device, seconds waited). On CUDA the next is copied while this one computes."""
     stream = torch.cuda.Stream() if device.type == "cuda" else None
@@ -1405,8 +1418,7 @@ def prefetch(loader, device):
         waited = time.perf_counter() - began
         if batch is not None:
             with torch.cuda.stream(stream):                         # does nothing where stream is None
-                batch = {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-                         for name, value in batch.items()}
+                batch = on_device(batch, device)
         if stream is None:
             ahead = (batch, waited)
         if ahead is not None and ahead[0] is not None:
@@ -1451,14 +1463,19 @@ def read_torch(path, hint=""):
         raise InputError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
 
 
+def checkpoint_path(path):
+    """A checkpoint, or of a run's folder its best.pt."""
+    path = Path(path)
+    return path if path.suffix == ".pt" else path / "best.pt"
+
+
 def load(path, *kinds, hint=""):
     """Reads a checkpoint of this project, a file or a run's best.pt.
 
     Raises InputError, naming the file, if it is none or of none of the `kinds` ("tokenizer", "pretrain", a
     task's); `hint` says what makes one.
     """
-    path = Path(path)
-    path = path if path.suffix == ".pt" else path / "best.pt"
+    path = checkpoint_path(path)
     checkpoint = read_torch(path, hint)
     if not isinstance(checkpoint, dict) or "kind" not in checkpoint or "config" not in checkpoint:
         raise InputError(f"{path}: not a checkpoint of this project")

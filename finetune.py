@@ -12,8 +12,6 @@ tells its flags. It leaves in --out (runs/TASK): last.pt, best.pt, metrics.jsonl
 what it answered or found.
 """
 import argparse
-import hashlib
-import math
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +26,12 @@ from tqdm import tqdm
 import pretrain
 from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Run, WordPiece, changed,
                    common_flags, config_of, configure, contrastive_loss, load, make_optimizer, nearest,
-                   prefetch, preset_named, ranks_by_cosine, run_script, set_up, vtm_loss, without)
-from pretrain import percent, read_videos, score_choices, score_retrieval
-from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, open_split, pictures, read_clip,
-                      spans)
-from train_tokenizer import evaluation_loader, make_loader, make_vocabulary, open_clips, pad, scale
+                   on_device, prefetch, preset_named, ranks_by_cosine, run_script, set_up, vtm_loss,
+                   vtm_targets, without)
+from pretrain import read_frames, read_videos, recalls, score_choices, score_retrieval
+from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans
+from train_tokenizer import (batches_left, clips_of, encode_padded, evaluation_loader, make_loader,
+                             make_vocabulary, open_clips, pad, scale)
 
 # Epochs, learning rate and clips a step of each task. The paper gives retrieval's alone (4.4): "task-specific
 # learning rates/epochs" (4.1).
@@ -53,6 +52,7 @@ PICTURED = 12           # clips on a sheet of answers
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(zero_shot=False)
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     tasks = {name: add_task(commands, name) for name in SETTINGS}
     for name in ("qa", "mc"):
@@ -77,7 +77,7 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.task in SETTINGS and args.out is None:
         args.out = (f"runs/{args.task}" + (f"-{args.set}" if args.task == "mc" else "")
-                    + "-zero-shot" * getattr(args, "zero_shot", False))
+                    + "-zero-shot" * args.zero_shot)
     return args
 
 
@@ -140,31 +140,22 @@ def begin(args, texts, manifest, machine):
     return model.to(machine.device), wordpiece
 
 
-def encode_question(wordpiece, question, option, width):
-    """[CLS] question option [SEP], at most `width` ids; of what is too long the question loses its end."""
-    end = wordpiece.encode(option, width)[1:]
-    return wordpiece.encode(question, width - len(end) + 1)[:-1] + end
-
-
-def clips_of(task, split, args):
-    """The clips of a split: random frames of training clips, the middle ones of the others."""
-    return ClipCaptions(task.splits[split], task.config.frames, task.config.size, args.seed,
-                        train=split == "train", strict=args.strict,
-                        augment=split == "train" and task.config.augment, mismatched=task.mismatched)
-
-
 # -------------------------------------------------------------------------------------- questions and options
 
 
-class Choices:
+class Task:
+    """What the tasks that train on clips share."""
+
+    def clips(self, model, args, machine):
+        return clips_of(self.splits["train"], self.config, args, train=True, mismatched=self.mismatched)
+
+
+class Choices(Task):
     """What open-ended questions and multiple choice share: a video with O texts, one logit of which is right.
 
     Called with samples it makes their batch: frames (B, T, 3, H, W), ids and mask (B, O, L), targets (B,).
     """
     score, mismatched, decide = "top1", False, ("see",)
-
-    def clips(self, model, args, machine):
-        return clips_of(self, "train", args)
 
     def __call__(self, samples):
         width, texts = self.config.max_words, [self.texts(s["row"]) for s in samples]
@@ -203,10 +194,9 @@ class Choices:
     @torch.no_grad()
     def draw(self, model, args, machine, folder):
         """A sheet of clips from all over the test split, with question, prediction and answer."""
-        clips, entries = clips_of(self, "test", args), []
+        clips, entries = clips_of(self.splits["test"], self.config, args, train=False, mismatched=False), []
         batch = self([clips[0, i] for i in np.linspace(0, len(clips) - 1, PICTURED).astype(int).tolist()])
-        batch = {name: value.to(machine.device) if torch.is_tensor(value) else value
-                 for name, value in batch.items()}
+        batch = on_device(batch, machine.device)
         chosen = most_likely(self.logits(model, batch).float()).tolist()
         for i, row in enumerate(batch["rows"]):
             told, truth = self.answer(row, chosen[i]), int(batch["targets"][i])
@@ -223,8 +213,9 @@ class Questions(Choices):
     files, title = "qa", "Open-ended question answering"
 
     def __init__(self, args, splits):
-        self.see, kinds = args.see, defaultdict(Counter)
+        self.see, self.training_texts, kinds = args.see, [], defaultdict(Counter)
         for row in splits["train"]:
+            self.training_texts.append(row["question"])
             kinds[self.kind(row)][row["answer"]] += 1
         self.answers = [answer for answer, _ in sum(kinds.values(), Counter()).most_common()]
         self.number = {answer: i for i, answer in enumerate(self.answers)}
@@ -235,7 +226,6 @@ class Questions(Choices):
         usual = {kind: answers.most_common(1)[0][0] for kind, answers in kinds.items()}
         hits = [usual.get(self.kind(row)) == row["answer"] for row in splits["test"]]
         self.chance = {"the majority answer of each kind of question": sum(hits) / len(hits)}
-        self.training_texts = [row["question"] for row in splits["train"]]
 
     def kind(self, row):
         """The kind of question: as the row says, else its first word, as the sets' own papers count."""
@@ -310,7 +300,7 @@ def shares(right, asked, machine):
 # -------------------------------------------------------------------------------------------------- retrieval
 
 
-class Retrieval:
+class Retrieval(Task):
     """Text-to-video retrieval: every caption is a query, every video is ranked once, however many name it.
 
     Called with samples it makes their batch: frames, the captions' ids and mask (B, L), `names` (B,) numbers
@@ -326,8 +316,7 @@ class Retrieval:
 
     def __call__(self, samples):
         def encode(name):
-            width = self.config.max_words
-            return pad([self.wordpiece.encode(s[name], width) for s in samples], width)
+            return encode_padded(self.wordpiece, [s[name] for s in samples], self.config.max_words)
 
         ids, mask = encode("caption")
         batch = {"frames": torch.stack([s["frames"] for s in samples]), "ids": ids, "mask": mask,
@@ -337,9 +326,6 @@ class Retrieval:
             batch["other_ids"], batch["other_mask"] = encode("mismatched")
         return batch
 
-    def clips(self, model, args, machine):
-        return clips_of(self, "train", args)
-
     def head(self, model):
         return without(model, "mlm_head", "mvm_head") if self.mismatched else FastRetrieval(model)
 
@@ -348,7 +334,7 @@ class Retrieval:
         if self.mismatched:
             logits, _, _ = model(frames, batch["ids"], batch["mask"],
                                  mismatched=(batch["other_ids"], batch["other_mask"]))
-            return vtm_loss(logits, torch.arange(len(logits), device=logits.device).lt(len(frames)).long())
+            return vtm_loss(logits, vtm_targets(logits))
         video, text, sharpness = model(frames, batch["ids"], batch["mask"])
         return contrastive_loss(*map(from_all, (video, text)), sharpness, from_all(batch["names"]))
 
@@ -378,7 +364,7 @@ def embed_captions(model, captions, wordpiece, machine):
     """-> unit vectors (n, D), on the CPU"""
     width, vectors = model.model.config.max_words, []
     for start in range(0, len(captions), 500):
-        ids, mask = pad([wordpiece.encode(text, width) for text in captions[start:start + 500]], width)
+        ids, mask = encode_padded(wordpiece, captions[start:start + 500], width)
         with machine.autocast():
             vectors.append(model.embed_text(ids.to(machine.device), mask.to(machine.device)).cpu())
     return torch.cat(vectors)
@@ -403,9 +389,7 @@ def score_fast_retrieval(model, manifest, wordpiece, machine):
     queries = embed_captions(model, [row["caption"] for row in rows], wordpiece, machine)
     vectors = embed_clips(model, frames, machine)
     ranks = ranks_by_cosine(queries, vectors, torch.tensor([place[row["video"]] for row in rows]))
-    found = {f"r{k}": percent((ranks <= k).sum(), len(ranks)) for k in (1, 5, 10)}
-    found["median_rank"] = float(ranks.float().quantile(0.5))
-    return found, queries @ vectors.t(), ranks, frames, list(place), rows
+    return recalls(ranks), queries @ vectors.t(), ranks, frames, list(place), rows
 
 
 # -------------------------------------------------------------------------------------------- linear probe
@@ -489,27 +473,27 @@ TASKS = {"qa": Questions, "mc": Options, "retrieval": Retrieval, "probe": Probe}
 
 
 def settle(args):
-    """Fills in the flags that were left out; -> whether to score without training, the task's files."""
+    """Fills in the flags that were left out -> the name of the task's files."""
     preset_named(args.preset)
     for name, value in SETTINGS[args.task][args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     files = f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files
-    zero_shot = getattr(args, "zero_shot", False)
-    if zero_shot and args.init == "none":
+    if args.zero_shot and args.init == "none":
         raise InputError("--zero-shot scores a pretrained model: --init none has nothing to score")
-    if zero_shot and files not in ("", "mc_caption"):
+    if args.zero_shot and files not in ("", "mc_caption"):
         raise InputError(f"--zero-shot: the 2-way head matches captions; mc --set {args.set} has questions")
     if args.task == "retrieval" and args.accumulate > 1:
         raise InputError("--accumulate: retrieval contrasts each clip with its whole batch, which cannot be "
                          "cut")
-    return zero_shot, files
+    return files
 
 
 def train(args, machine):
     """Fine-tunes as the flags say, from --init or from where it was; scores best.pt on the test split."""
-    zero_shot, files = settle(args)
-    splits = {"test": open_split(args.data, "test", files)} if zero_shot else open_clips(args, machine, files)
+    files = settle(args)
+    splits = ({"test": open_split(args.data, "test", files)} if args.zero_shot
+              else open_clips(args, machine, files))
     task = TASKS[args.task](args, splits)
     base, wordpiece = begin(args, task.training_texts, splits.get("train"), machine)
     task.splits, task.wordpiece, task.config = splits, wordpiece, base.config
@@ -518,14 +502,11 @@ def train(args, machine):
     run = Run(args, args.task, base.config, wordpiece.vocab, ("task", "init", *task.decide), machine)
     run.constant["answers"] = list(task.answers)
     run.start(model, make_optimizer(model, args.lr, base.config.weight_decay, machine.device), args.resume)
-    if zero_shot:
+    if args.zero_shot:
         return report_zero_shot(task, base, run, args, machine)
 
     clips = task.clips(model, args, machine)
-    epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
-    run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
-    batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank,
-                      machine.world)
+    epoch, batches = batches_left(clips, run, args, machine)
     machine.say(f"{task.title}: {len(clips):,} lines, {run.steps:,} steps of {batches.batch_size}, {machine}")
     wrapped = machine.wrap(model, args.compile)
     for batch in run.steps_of(make_loader(clips, batches, task, args, machine)):
@@ -637,10 +618,7 @@ def vectors_of_folder(model, folder, machine):
     """The names of a folder's clips and their vectors (n, D). Kept in the folder, under a name that follows
     from the weights; a clip is known by its name, size and time of change."""
     clips = find_clips(folder)
-    digest = hashlib.sha1()
-    for weight in model.state_dict().values():
-        digest.update(weight.cpu().numpy().tobytes())
-    path = folder / f".vectors-{digest.hexdigest()[:12]}.npz"
+    path = folder / f".vectors-{pretrain.digest_of(model).hexdigest()[:12]}.npz"
     known = {}
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
@@ -649,12 +627,11 @@ def vectors_of_folder(model, folder, machine):
     for name, key in tqdm(clips.items(), "vectors", unit="clip", leave=False):
         if key not in known:
             try:
-                frames, _ = read_clip(folder / name, lambda count: spans(count, config.frames), config.size)
+                frames = read_frames(folder / name, config)
             except BrokenClip as error:
                 tqdm.write(f"broken clip, left out: {error}")
                 continue
-            frames = torch.from_numpy(frames).permute(0, 3, 1, 2)[None]
-            known[key] = embed_clips(model, frames, machine)[0].numpy()
+            known[key] = embed_clips(model, frames[None], machine)[0].numpy()
         names.append(name)
         vectors.append(known[key])
     if not names:
@@ -692,14 +669,14 @@ def ask(args, machine):
     model.to(machine.device)
     config = model.model.config
     try:
-        frames, _ = read_clip(args.video, lambda count: spans(count, config.frames), config.size)
+        frames = read_frames(args.video, config)
     except BrokenClip as error:
         raise InputError(str(error)) from None
     ids = encode_question(wordpiece, args.question, "", config.max_words)
     if len(wordpiece.encode(args.question, 10**6)) > config.max_words:
         print(f"the question is longer than {config.max_words - 2} words, and its end is not read")
     ids, mask = pad([ids], config.max_words)
-    frames = scale(torch.from_numpy(frames).permute(0, 3, 1, 2)[None]).to(machine.device)
+    frames = scale(frames[None].to(machine.device))
     chances = model(frames, ids[None].to(machine.device), mask[None].to(machine.device))[0].float().softmax(0)
     for chance, place in zip(*chances.topk(min(args.top, len(chances)))):
         print(f"{float(chance):6.1%}  {checkpoint['answers'][place]}")

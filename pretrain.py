@@ -12,7 +12,6 @@ import math
 import os
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,12 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import train_tokenizer
-from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, common_flags, config_of, configure,
-                   load, load_published, make_optimizer, mask_frames, mask_words, mlm_loss, mvm_loss,
-                   prefetch, rank_of_truth, run_script, save, set_up, vtm_loss)
-from toy_data import Batches, BrokenClip, ClipCaptions, DataError, open_split, pictures, read_clip, spans
-from train_tokenizer import (captions_of, evaluation_loader, make_loader, make_vocabulary, open_clips, pad,
-                             read_words, scale)
+from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, checkpoint_path, common_flags,
+                   config_of, configure, load, load_published, make_optimizer, mask_frames, mask_words,
+                   mlm_loss, mvm_loss, prefetch, rank_of_truth, run_script, save, set_up, vtm_loss,
+                   vtm_targets)
+from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans
+from train_tokenizer import (batches_left, captions_of, clips_of, encode_padded, evaluation_loader,
+                             make_loader, make_vocabulary, open_clips, pad, read_words, scale)
 
 LOSSES = {"vtm": vtm_loss, "mlm": mlm_loss, "mvm": mvm_loss}
 FUNCTION_WORDS = set("a an the is are there that and then while on at in of to with it".split())
@@ -110,7 +110,7 @@ class PretrainBatch:
 
 def masked_pass(model, batch, objectives):
     """One masked pass (3.2) -> {objective: (logits, targets)}; the batch's `codes` (B, T, g, g) label MVM."""
-    frames, B = scale(batch["frames"]), len(batch["frames"])
+    frames = scale(batch["frames"])
     if "mvm" in objectives:
         frames = mask_frames(frames, batch["cells"])
     vtm, mlm, mvm = model(frames, batch["masked"][:, 0], batch["mask"][:, 0],
@@ -120,7 +120,7 @@ def masked_pass(model, batch, objectives):
                           if "vtm" in objectives else None)
     predicted = {}
     if vtm is not None:
-        predicted["vtm"] = vtm, torch.arange(2 * B, device=vtm.device).lt(B).long()     # 1: the pair matches
+        predicted["vtm"] = vtm, vtm_targets(vtm)
     if mlm is not None:
         predicted["mlm"] = mlm, batch["ids"][:, 0][batch["words"]]
     if mvm is not None:
@@ -136,8 +136,7 @@ def open_tokenizer(args, config, wordpiece, machine):
     there is none. (None, None) without MVM."""
     if "mvm" not in args.objectives:
         return None, None
-    path = Path(args.tokenizer)
-    path = path if path.suffix == ".pt" else path / "best.pt"
+    path = checkpoint_path(args.tokenizer)
     if not path.exists() and args.tokenizer.endswith(".pt"):
         raise InputError(f"--tokenizer {path}: there is no such checkpoint")
     if not path.exists():
@@ -202,6 +201,14 @@ class WholeClips(Dataset):
             return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
 
 
+def digest_of(model):
+    """The SHA-1 of a model's weights, to which more can be added."""
+    digest = hashlib.sha1()
+    for weight in model.state_dict().values():
+        digest.update(weight.cpu().numpy().tobytes())
+    return digest
+
+
 def keep_codes(tokenizer, folder, manifest, args, machine):
     """The codes of every source frame of every clip, computed once -> (starts, codes) of Labels.
 
@@ -209,9 +216,7 @@ def keep_codes(tokenizer, folder, manifest, args, machine):
     again.
     """
     clips = WholeClips(manifest, tokenizer.config.size)
-    identity = hashlib.sha1()
-    for weight in tokenizer.state_dict().values():
-        identity.update(weight.cpu().numpy().tobytes())
+    identity = digest_of(tokenizer)
     for path in (clips.path(i) for i in range(len(clips))):
         identity.update(f"{path} {path.stat().st_size if path.exists() else 0}".encode())
     path = folder / f"codes-{identity.hexdigest()[:12]}.npz"
@@ -316,17 +321,21 @@ def copied_codes(codes, cells):
 # ----------------------------------------------------------------------------------- zero-shot evaluation (4)
 
 
+def read_frames(path, config):
+    """The middle frames of a clip, uint8 (T, 3, size, size). Raises BrokenClip."""
+    frames, _ = read_clip(path, lambda count: spans(count, config.frames), config.size)
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
 def read_videos(manifest, rows, config):
     """The middle frames of the rows' clips -> (frames uint8 (n, T, 3, H, W), the rows with whole clips)."""
     frames, whole = [], []
     for row in rows:
         try:
-            clip, _ = read_clip(manifest.video_path(row), lambda count: spans(count, config.frames),
-                                config.size)
+            frames.append(read_frames(manifest.video_path(row), config))
         except BrokenClip as error:
             tqdm.write(f"broken clip, left out: {error}")
             continue
-        frames.append(torch.from_numpy(clip).permute(0, 3, 1, 2))
         whole.append(row)
     return torch.stack(frames) if frames else torch.empty(0), whole
 
@@ -339,11 +348,16 @@ def encode_videos(model, frames, machine):
 
 def encode_captions(model, captions, wordpiece, machine):
     """e^L of many captions -> (n, L, D), mask (n, L)."""
-    ids, mask = pad([wordpiece.encode(text, model.config.max_words) for text in captions],
-                    model.config.max_words)
+    ids, mask = encode_padded(wordpiece, captions, model.config.max_words)
     ids, mask = ids.to(machine.device), mask.to(machine.device)
     with machine.autocast():
         return model.encode_text(ids, mask), mask
+
+
+def recalls(ranks):
+    """R@1, R@5, R@10 and the median of ranks (Q,), 1 best."""
+    return {**{f"r{k}": percent((ranks <= k).sum(), len(ranks)) for k in (1, 5, 10)},
+            "median_rank": float(ranks.float().quantile(0.5))}
 
 
 @torch.no_grad()
@@ -357,8 +371,8 @@ def score_retrieval(model, manifest, wordpiece, machine, most=1000):
     rows = [manifest[i] for i in range(len(manifest))[:most]]
     videos = {row["video"]: row for row in rows}
     frames, videos = read_videos(manifest, videos.values(), model.config)
-    names = [row["video"] for row in videos]
-    rows = [row for row in rows if row["video"] in names]
+    place = {row["video"]: i for i, row in enumerate(videos)}
+    rows = [row for row in rows if row["video"] in place]
     video = encode_videos(model, frames, machine)
     text, mask = encode_captions(model, [row["caption"] for row in rows], wordpiece, machine)
     scores = []
@@ -369,13 +383,12 @@ def score_retrieval(model, manifest, wordpiece, machine, most=1000):
                                                  m[:length].expand(len(part), -1))
                                      for part in video.split(200)]))
     scores = torch.stack(scores).cpu()
-    ranks = rank_of_truth(scores, torch.tensor([names.index(row["video"]) for row in rows]))
-    found = {f"r{k}": percent((ranks <= k).sum(), len(ranks)) for k in (1, 5, 10)}
-    found["median_rank"] = float(ranks.float().quantile(0.5))
+    ranks = rank_of_truth(scores, torch.tensor([place[row["video"]] for row in rows]))
+    found = recalls(ranks)
     unseen = torch.tensor([bool(row.get("unseen")) for row in rows])
     found |= {f"r{k}_unseen": percent((ranks[unseen] <= k).sum(), unseen.sum())
               for k in (1, 10)} if unseen.any() else {}
-    return found, scores, ranks, frames, names, rows
+    return found, scores, ranks, frames, list(place), rows
 
 
 @torch.no_grad()
@@ -462,8 +475,7 @@ def train(args, machine):
     tokenizer, folder = open_tokenizer(args, config, wordpiece, machine)
     if tokenizer is not None:
         config = replace(config, codes=tokenizer.config.codes)
-    clips = ClipCaptions(splits["train"], config.frames, config.size, args.seed, train=True,
-                         strict=args.strict, augment=config.augment)
+    clips = clips_of(splits["train"], config, args, train=True, mismatched=True)
     torch.manual_seed(args.seed)
     model = EViLM(config).to(machine.device)
     for report in [] if args.resume else fill_encoders(model, wordpiece, args):
@@ -480,12 +492,9 @@ def train(args, machine):
     online = Labels(tokenizer, machine)
     labels = label_source(online, folder, splits["train"], config, args, machine)
 
-    epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
-    run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
+    epoch, batches = batches_left(clips, run, args, machine)
     look = epoch * max(1, args.epochs // 10)        # an evaluation ten times a run, or every epoch
     keep = {max(1, round(share * run.steps)): share for share in args.keep_at}
-    batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank,
-                      machine.world)
     collate = PretrainBatch(wordpiece, config, args.objectives, args.seed)
     held_out = evaluation_loader(splits["val"], collate, config, args, machine)
     wrapped = machine.wrap(model, args.compile)

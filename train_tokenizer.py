@@ -93,6 +93,11 @@ def pad(rows, width):
     return ids, ids != 0            # [PAD] is 0
 
 
+def encode_padded(wordpiece, texts, width):
+    """Texts -> ids (B, width), mask (B, width)."""
+    return pad([wordpiece.encode(text, width) for text in texts], width)
+
+
 class TokenizerBatch:
     """Makes a batch of samples: frames (B, T, 3, H, W) uint8, their captions' words, ids and mask (B, L)."""
     mismatched = False
@@ -101,10 +106,23 @@ class TokenizerBatch:
         self.wordpiece, self.config = wordpiece, config
 
     def __call__(self, samples):
-        ids, mask = pad([self.wordpiece.encode(s["caption"], self.config.max_words) for s in samples],
-                        self.config.max_words)
+        ids, mask = encode_padded(self.wordpiece, [s["caption"] for s in samples], self.config.max_words)
         return {"frames": torch.stack([s["frames"] for s in samples]), "ids": ids, "mask": mask,
                 "broken": [line for s in samples for line in s["broken"]]}
+
+
+def clips_of(manifest, config, args, train, mismatched):
+    """The samples of a manifest: random frames for training, the middle ones for evaluation."""
+    return ClipCaptions(manifest, config.frames, config.size, args.seed, train, args.strict,
+                        augment=train and config.augment, mismatched=mismatched)
+
+
+def batches_left(clips, run, args, machine):
+    """Sets how long the run is -> steps an epoch, and the Batches of the steps that are left."""
+    epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
+    run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
+    return epoch, Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank,
+                          machine.world)
 
 
 def make_loader(clips, batches, collate, args, machine):
@@ -114,8 +132,7 @@ def make_loader(clips, batches, collate, args, machine):
 
 def evaluation_loader(manifest, collate, config, args, machine, most=MOST_EVALUATED, batch_size=50):
     """A split's first clips, or all, in order, once, with the middle frames: the same samples every time."""
-    clips = ClipCaptions(manifest, config.frames, config.size, args.seed, train=False, strict=args.strict,
-                         mismatched=collate.mismatched)
+    clips = clips_of(manifest, config, args, train=False, mismatched=collate.mismatched)
     keys = [(0, i) for i in range(len(clips))[:most]][machine.rank::machine.world]
     return make_loader(clips, [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)], collate,
                        args, machine)
@@ -192,8 +209,7 @@ def train(args, machine):
                      tokenizer_warm=config.tokenizer_warm if args.warm is None else args.warm)
     splits = open_clips(args, machine)
     wordpiece, config = make_vocabulary(args, config, captions_of(splits["train"]), machine)
-    clips = ClipCaptions(splits["train"], config.frames, config.size, args.seed, train=True,
-                         strict=args.strict, augment=config.augment, mismatched=False)
+    clips = clips_of(splits["train"], config, args, train=True, mismatched=False)
     torch.manual_seed(args.seed)
     tokenizer = SemanticTokenizer(config).to(machine.device)
     if args.init_tokenizer and not args.resume:
@@ -202,11 +218,8 @@ def train(args, machine):
     run = Run(args, "tokenizer", config, wordpiece.vocab, ("loss", "revive_after", "init_tokenizer"), machine)
     run.start(tokenizer, optimizer, args.resume)
 
-    epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
-    run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
+    epoch, batches = batches_left(clips, run, args, machine)
     warm, last_revival = round(config.tokenizer_warm * run.steps), 0.8 * run.steps
-    batches = Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank,
-                      machine.world)
     collate = TokenizerBatch(wordpiece, config)
     held_out = evaluation_loader(splits["val"], collate, config, args, machine)
     model = machine.wrap(tokenizer, args.compile)

@@ -36,7 +36,8 @@ def index_of(path):
 
 
 def test_a_manifest_is_a_sequence_of_its_rows(tmp_path):
-    rows = [*rows_of(30), {"video": "é/日本.gif", "caption": "naïve – “quotes”\nand a line break", "more": [1]}]
+    odd = {"video": "é/日本.gif", "caption": "naïve – “quotes”\nand a line break", "more": [1]}
+    rows = [*rows_of(30), odd]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     manifest = Manifest(path, FIELDS)

@@ -1,10 +1,8 @@
 """Published weights: networks against plain ones computed from the files' own tensors; what is refused."""
 import argparse
 import json
-import math
 import struct
 from dataclasses import replace
-from pathlib import Path
 
 import plain
 import pytest

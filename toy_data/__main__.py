@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from toy_data.clips import DataError, read_clip
+from toy_data.clips import errors_in_one_line, read_clip
 from toy_data.pictures import contact_sheet
 from toy_data.synthetic import render
 
@@ -51,17 +51,11 @@ def describe(out):
 
 def main():
     arguments = parse_arguments(sys.argv[1:])
-    try:
+    with errors_in_one_line():
         render(arguments.out, arguments.clips, arguments.seed)
         if arguments.show:
             show(arguments.out)
         describe(arguments.out)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

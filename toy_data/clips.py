@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import uuid
 import warnings
 from array import array
@@ -47,6 +48,19 @@ class DataError(Exception):
     def __str__(self):
         # Out of a DataLoader's worker it comes with the worker's traceback; the sentence is the last line.
         return super().__str__().strip().splitlines()[-1].removeprefix(f"{__name__}.DataError: ")
+
+
+@contextlib.contextmanager
+def errors_in_one_line():
+    """Around a command: what the user can mend ends it in one line and status 2, Ctrl-C in status 130."""
+    try:
+        yield
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 class BrokenClip(Exception):

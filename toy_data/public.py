@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import statistics
-import sys
 import uuid
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from toy_data.clips import FIELDS, DataError, Manifest, find_fault, open_splits
+from toy_data.clips import FIELDS, DataError, Manifest, errors_in_one_line, find_fault, open_splits
 
 # The last is for names that end in a dot, of which DiDeMo has some.
 ENDINGS = {".mp4", ".avi", ".mkv", ".webm", ".gif", ".webp", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv",
@@ -470,15 +469,9 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="the folder to write into")
     parser.add_argument("--split", help="msrvtt: 1k-A (default), 7k, full; hmdb51: 1 (default), 2, 3")
     args = parser.parse_args()
-    try:
+    with errors_in_one_line():
         tally = convert(args.name, args.annotations, args.videos, args.out, args.split)
         (describe_captions if args.name == "coco-captions" else describe)(args.out, tally)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
