@@ -94,6 +94,9 @@ class Config:
     # masking (4.1)
     mask_ratio: float = 0.40
     word_ratio: float = 0.15
+    blocks: bool = True                 # False: masked cells are drawn one by one (an experiment)
+    negatives: int = 1                  # mismatched captions drawn, the nearest in words is taken; 1: random
+    video_positions: bool = True        # False: no sines of time and place in e^V (an experiment)
     augment: bool = True                # one random crop for a clip's frames, never a flip ("left" is a word)
     # training (4.1). The paper says neither batch size nor schedule nor how weights start: linear warm-up and
     # a cosine, as its relatives do; see `initialise`. (Fig. 6's 15K steps in 20 epochs would be 3,300 clips.)
@@ -523,6 +526,8 @@ class EViLM(nn.Module):
         B, T = frames.shape[:2]
         maps = self.video_encoder(normalise(frames, *IMAGENET).flatten(0, 1))               # (B*T, C, g, g)
         cells = self.video_proj(maps.permute(0, 2, 3, 1).flatten(1, 2)).reshape(B, -1, self.config.width)
+        if not self.config.video_positions:
+            return cells
         return cells + space_time_sines(T, maps.shape[-1], self.config.width, frames.device)
 
     def encode_text(self, ids, mask):
@@ -601,6 +606,12 @@ def block_mask(n, grid, ratio, generator):
             covered.update([cell for cell in block if cell not in covered][:wanted])
         mask[list(covered)] = True
     return masks.view(n, grid, grid)
+
+
+def random_mask(n, grid, ratio, generator):
+    """What block-wise masking is compared with: as many cells, drawn one by one. Bool (n, grid, grid)."""
+    order = torch.rand(n, grid * grid, generator=generator).argsort(1).argsort(1)
+    return (order < round(ratio * grid * grid)).view(n, grid, grid)
 
 
 def mask_frames(frames, chosen):
@@ -1230,7 +1241,8 @@ def common_flags(description, stage="", settings=None):
         "run")
     add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
     add("--config", metavar="NAME=VALUE", action="append", default=[], help="change any field of Config, "
-        "such as mask_ratio=0.5 or dims=8,16,32,64, for an experiment; may be given several times")
+        "such as mask_ratio=0.5, dims=8,16,32,64, blocks=False (cells masked one by one), negatives=8 "
+        "(harder mismatched captions), video_positions=False; may be given several times")
     add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions "
         "are kept (default: a vocabulary is made from the training captions)")
     return parser

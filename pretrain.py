@@ -21,8 +21,8 @@ from tqdm import tqdm
 import train_tokenizer
 from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, checkpoint_path, common_flags,
                    config_of, configure, load, load_published, make_optimizer, mask_frames, mask_words,
-                   mlm_loss, mvm_loss, prefetch, rank_of_truth, run_script, save, set_up, vtm_loss,
-                   vtm_targets)
+                   mlm_loss, mvm_loss, prefetch, random_mask, rank_of_truth, run_script, save, set_up,
+                   vtm_loss, vtm_targets)
 from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans
 from train_tokenizer import (batches_left, captions_of, clips_of, encode_padded, evaluation_loader,
                              make_loader, make_vocabulary, open_clips, pad, read_words, scale)
@@ -91,11 +91,12 @@ class PretrainBatch:
         ids, mask = (x.view(len(samples), 2, -1) for x in pad(texts, max(map(len, texts))))
         masked, chosen = ids.clone(), torch.zeros_like(mask)
         cells = torch.zeros(len(samples), c.frames, c.grid, c.grid, dtype=torch.bool)
+        draw_cells = block_mask if c.blocks else random_mask
         for i, sample in enumerate(samples):
             entropy = np.random.SeedSequence([self.seed, sample["epoch"], sample["index"], 1])
             generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
             if "mvm" in self.objectives:
-                cells[i] = block_mask(c.frames, c.grid, c.mask_ratio, generator)
+                cells[i] = draw_cells(c.frames, c.grid, c.mask_ratio, generator)
             if "mlm" in self.objectives:        # in both captions, or a [MASK] would tell which pair is right
                 for j in range(2):
                     masked[i, j], chosen[i, j] = mask_words(ids[i, j], c.words, generator, c.word_ratio)

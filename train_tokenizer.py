@@ -114,7 +114,8 @@ class TokenizerBatch:
 def clips_of(manifest, config, args, train, mismatched):
     """The samples of a manifest: random frames for training, the middle ones for evaluation."""
     return ClipCaptions(manifest, config.frames, config.size, args.seed, train, args.strict,
-                        augment=train and config.augment, mismatched=mismatched)
+                        augment=train and config.augment, mismatched=mismatched,
+                        negatives=config.negatives if train else 1)
 
 
 def batches_left(clips, run, args, machine):

@@ -252,6 +252,14 @@ def test_eq1_video_is_projected_cells_in_order_of_time_row_column_plus_sines(tin
     near(video, expected + plain.sines(2, 2, 36), atol=1e-4)
 
 
+def test_without_positions_a_clip_played_backwards_is_the_same_set_of_cells(tiny):
+    config = replace(tiny, video_positions=False)
+    model, frames = EViLM(config).eval(), torch.rand(2, config.frames, 3, config.size, config.size)
+    forwards, backwards = (model.encode_video(x).view(2, config.frames, -1, config.width)
+                           for x in (frames, frames.flip(1)))
+    near(forwards.flip(1), backwards, atol=1e-5)
+
+
 @pytest.mark.parametrize("T, g, width", [(4, 8, 384), (2, 3, 16), (3, 2, 12)])
 def test_eq1_sines_tell_every_cell_from_every_other(T, g, width):
     sines = space_time_sines(T, g, width)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from evilm import CLS, MASK, PAD, SEP, UNK, block_mask, mask_frames, mask_words
+from evilm import CLS, MASK, PAD, SEP, UNK, block_mask, mask_frames, mask_words, random_mask
 
 
 def generator(seed=0):
@@ -96,6 +96,17 @@ def test_each_frame_has_its_own_blocks_and_a_generator_repeats_them():
     assert not torch.equal(masks, block_mask(50, 8, 0.4, generator(4)))
     torch.manual_seed(7)
     assert torch.equal(masks, block_mask(50, 8, 0.4, generator(3)))     # nothing comes from global state
+
+
+def test_random_masks_have_as_many_cells_and_scatter_them():
+    random, blocks = (draw(300, 8, 0.4, generator()) for draw in (random_mask, block_mask))
+    assert (random.sum((1, 2)) == 26).all() and (blocks.sum((1, 2)) == 26).all()
+    assert torch.equal(random, random_mask(300, 8, 0.4, generator()))
+
+    def neighbours(masks):
+        return (masks[:, 1:] & masks[:, :-1]).float().mean()
+
+    assert abs(float(neighbours(random)) - 26 / 64 * 25 / 63) < 0.01 and neighbours(blocks) > 0.25
 
 
 def test_masked_pixels_are_zero_and_no_others_change():

@@ -474,6 +474,14 @@ def test_the_mismatched_caption_is_false_of_a_synthetic_clip(tmp_path):
     assert mismatched_captions(dataset, 3) == {"a red circle", "something goes left in the sky"}
 
 
+def test_of_many_negatives_the_nearest_in_words_is_taken(tmp_path):
+    captions = ["a red circle goes left", "a red circle goes up", "snow on a hill", "the sea at night"]
+    dataset = write_lines(tmp_path, *({"video": f"{i}.gif", "caption": c} for i, c in enumerate(captions)))
+    assert mismatched_captions(dataset, 0) == set(captions[1:])
+    dataset.negatives = 40
+    assert mismatched_captions(dataset, 0) == {"a red circle goes up"}
+
+
 def test_a_split_without_a_mismatched_caption_says_what_it_needs(tmp_path):
     dataset = write_lines(tmp_path, *({"video": video, "caption": "one"} for video in ("a.gif", "b.gif")))
     with pytest.raises(DataError, match="needs two videos with different captions") as error:

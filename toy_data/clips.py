@@ -537,13 +537,17 @@ class ClipCaptions(torch.utils.data.Dataset):
 
     A sample depends on (seed, epoch, index) alone, whichever process makes it. `train` takes random frames,
     else it is the middle ones, as in epoch 0 whatever the epoch. A broken clip is replaced by a row drawn at
-    random; with `strict` it is a DataError, and so are 50 in a row. `augment` crops and resizes at random,
-    all frames alike, and never flips: "left" is a word. Small clips stay in memory once they are decoded.
+    random; with `strict` it is a DataError, and so are 50 in a row. Of so many `negatives` drawn the
+    mismatched caption is the one that shares most words with the clip's; 1 is the paper's, a random one.
+    `augment` crops and resizes at random, all frames alike, and never flips: "left" is a word. Small clips
+    stay in memory once they are decoded.
     """
 
-    def __init__(self, manifest, frames, size, seed, train, strict=False, augment=False, mismatched=True):
+    def __init__(self, manifest, frames, size, seed, train, strict=False, augment=False, mismatched=True,
+                 negatives=1):
         self.manifest, self.frames, self.size, self.seed = manifest, frames, size, seed
-        self.train, self.strict, self.augment, self.mismatched = train, strict, augment, mismatched
+        self.train, self.strict, self.augment = train, strict, augment
+        self.mismatched, self.negatives = mismatched, negatives
         self.kept, self.room = {}, MOST_KEPT
 
     def __len__(self):
@@ -574,7 +578,7 @@ class ClipCaptions(torch.utils.data.Dataset):
             "video": row["video"],
             "caption": row.get("caption"),
             "row": row,
-            "mismatched": self.mismatch(row, generator) if self.mismatched else None,
+            "mismatched": self.hardest(row, generator) if self.mismatched else None,
             "broken": broken,
         }
 
@@ -600,6 +604,16 @@ class ClipCaptions(torch.utils.data.Dataset):
         self.kept[path] = frames
         self.room -= frames.nbytes
         return True
+
+    def hardest(self, row, generator):
+        """Of `negatives` mismatched captions the one whose words overlap most with the clip's caption."""
+        own = set(row["caption"].split())
+
+        def overlap(caption):
+            words = set(caption.split())
+            return len(words & own) / len(words | own)
+
+        return max([self.mismatch(row, generator) for _ in range(self.negatives)], key=overlap)
 
     def mismatch(self, row, generator):
         """The caption of another video, other than this clip's and, where `shows` tells, false of it."""
