@@ -230,13 +230,13 @@ def compute_codes(tokenizer, path, clips, args, machine):
     """Writes `codes` (frames of all clips, g, g) and `starts`, where each clip's frames begin."""
     g = tokenizer.config.grid
     codes, lengths = [np.empty((0, g, g), np.int16)], [0]
-    loader = DataLoader(clips, batch_size=None, num_workers=args.workers)
-    for frames in tqdm(loader, desc="MVM labels, kept", unit="clip", leave=False):
+    loader = DataLoader(clips, batch_size=20, collate_fn=list, num_workers=args.workers)
+    for some in tqdm(loader, desc="MVM labels, kept", unit="clip", unit_scale=20, leave=False):
         with machine.autocast():
             found = [tokenizer.tokenize(scale(part.to(machine.device))[None])[0]
-                     for part in frames.split(256)]
+                     for part in torch.cat(some).split(256)]
         codes += [part.to(torch.int16).cpu().numpy() for part in found]
-        lengths.append(len(frames))
+        lengths += map(len, some)
     draft = path.with_suffix(".part.npz")
     np.savez(draft, codes=np.concatenate(codes), starts=np.cumsum(lengths)[:-1])
     os.replace(draft, path)
