@@ -586,7 +586,8 @@ def block_mask(n, grid, ratio, generator):
     """Block-wise masking (4.1, after BEiT): bool (n, grid, grid), in each exactly round(ratio * grid^2) True.
 
     Rectangles of log-uniform aspect within [0.3, 1/0.3] and of at least max(1, target // 5) cells are laid
-    until the count is reached; of the last one only as many new cells count as are still wanted.
+    until the count is reached; of the last one only as many new cells count as are still wanted, from its
+    first cell on or from its last one back.
     """
     target = round(ratio * grid * grid)
     smallest = max(1, target // 5)
@@ -595,7 +596,7 @@ def block_mask(n, grid, ratio, generator):
         covered = set()
         while len(covered) < target:
             wanted = target - len(covered)
-            area, aspect, y, x = torch.rand(4, generator=generator).tolist()
+            area, aspect, y, x, end = torch.rand(5, generator=generator).tolist()
             area = smallest + area * max(0, wanted - smallest)
             aspect = math.exp((2 * aspect - 1) * math.log(1 / 0.3))
             height, width = (min(grid, max(1, round(math.sqrt(a)))) for a in (area * aspect, area / aspect))
@@ -603,6 +604,7 @@ def block_mask(n, grid, ratio, generator):
                 continue
             top, left = int(y * (grid - height + 1)), int(x * (grid - width + 1))
             block = [r * grid + c for r in range(top, top + height) for c in range(left, left + width)]
+            block = block if end < 0.5 else block[::-1]     # or the cells above and to the left would gain
             covered.update([cell for cell in block if cell not in covered][:wanted])
         mask[list(covered)] = True
     return masks.view(n, grid, grid)

@@ -89,6 +89,12 @@ def test_blocks_lie_and_stand_and_reach_every_cell():
     assert 70 < sum(width > height for height, width in shapes) < 200
 
 
+@pytest.mark.parametrize("grid, ratio", [(2, 0.25), (2, 0.5), (3, 0.4)])
+def test_no_cell_is_likelier_than_the_one_opposite(grid, ratio):
+    share = block_mask(8000, grid, ratio, generator()).float().mean(0)
+    assert (share - share.flip(0, 1)).abs().max() < 0.03
+
+
 def test_each_frame_has_its_own_blocks_and_a_generator_repeats_them():
     masks = block_mask(50, 8, 0.4, generator(3))
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 50
