@@ -33,7 +33,7 @@ from PIL import Image
 MOST_PIXELS = 100_000_000  # of one frame
 MOST_FRAMES = 1_000_000  # of one clip
 SMALL = 20_000  # bytes of a clip on disk that is decoded whole and stays in memory
-MOST_KEPT = 1 << 29  # bytes of such clips, decoded, in one process
+MOST_KEPT = 1 << 31  # bytes of such clips, decoded, that a training keeps; its workers share them out
 PATIENCE = 120  # seconds that one ffmpeg call may take
 IMAGE_SUFFIXES = {".gif", ".webp", ".png", ".apng", ".jpg", ".jpeg", ".bmp"}
 IMAGE_FORMATS = ("GIF", "WEBP", "PNG", "JPEG", "BMP")  # none for which Pillow starts other programs
@@ -548,7 +548,7 @@ class ClipCaptions(torch.utils.data.Dataset):
         self.manifest, self.frames, self.size, self.seed = manifest, frames, size, seed
         self.train, self.strict, self.augment = train, strict, augment
         self.mismatched, self.negatives = mismatched, negatives
-        self.kept, self.room = {}, MOST_KEPT
+        self.kept, self.room = {}, None
 
     def __len__(self):
         return len(self.manifest)
@@ -595,6 +595,9 @@ class ClipCaptions(torch.utils.data.Dataset):
 
     def keep(self, path):
         """Decodes all of a small clip and keeps it, as long as there is room."""
+        if self.room is None:
+            worker = torch.utils.data.get_worker_info()
+            self.room = MOST_KEPT // (worker.num_workers if worker else 1)
         if not self.room or not path.is_file() or path.stat().st_size > SMALL:
             return False
         frames, _ = read_clip(path, size=self.size)
