@@ -291,6 +291,17 @@ def test_codebook_words_are_written_below_the_crops():
     assert (with_words[below:] < 100).any() and not (without[below:] < 100).any()
 
 
+def test_codes_of_two_numbers_stand_around_a_circle_where_they_point():
+    colours = {(1, 0): (200, 10, 10), (0, 1): (10, 200, 10), (-1, 0): (10, 10, 200), (0, -1): (200, 200, 10)}
+    page = drawn(pictures.circle, [(np.array(way), flat_clip(colour, 1)[0], "a word")
+                                   for way, colour in colours.items()])
+    middle = np.array(page.shape[:2])[::-1] / 2
+    for way, colour in colours.items():
+        y, x = where(page, colour)
+        towards = (np.array([x.mean(), y.mean()]) - middle) * (1, -1)
+        assert np.dot(towards / np.linalg.norm(towards), way) > 0.98
+
+
 # ---- Masked ------------------------------------------------------------------------------------------------
 
 def test_masked_cells_are_black_where_the_mask_is():

@@ -319,6 +319,26 @@ def codebook(entries, path, title=""):
     save(path, title, tiles, columns=3, gap=48, gap_below=36)
 
 
+def circle(entries, path, title="", radius=420, side=72, rings=4):
+    """Codes of two numbers, which lie on a circle. entries: a list of (point (2,), crop uint8 (h, w, 3), word);
+    each crop stands outside of its code, on one of `rings`, with the word below it."""
+    reach = radius + rings * (side + 40) + side
+    page = Image.new("RGB", (2 * reach, 2 * reach), PAPER)
+    pen = ImageDraw.Draw(page)
+    pen.ellipse((reach - radius, reach - radius, reach + radius, reach + radius), outline=GRID, width=3)
+    tiles = []
+    for i, (point, crop, word) in enumerate(sorted(entries, key=lambda entry: np.arctan2(*entry[0][::-1]))):
+        way = np.array([point[0], -point[1]]) / np.linalg.norm(point)  # up is up
+        code, place = (reach + way * far for far in (radius, radius + (0.7 + i % rings) * (side + 40)))
+        pen.line((*code, *place), fill=GRID, width=2)
+        pen.circle(code.tolist(), 6, fill=SERIES[0])
+        tile = grid([thumbnail(crop, side), write(word, 2 * side, SMALL, most_lines=1)], 1, gap=0)
+        tiles.append((tile, tuple(np.round(place - side / 2).astype(int))))
+    for tile, corner in tiles:
+        page.paste(tile, corner)
+    save(path, title, [page])
+
+
 def code_cell(width, height, shown, true, masked):
     """A cell in the colour of its code; where it was masked, framed by whether that code is the true one."""
     hue = int(shown) * 0.618034 % 1  # golden steps keep the colours of neighbouring numbers apart
