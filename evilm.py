@@ -131,7 +131,7 @@ class Config:
                    decoder_layers=2, decoder_heads=4, decoder_pre_norm=True, dropout=0.0, codes=64,
                    code_dim=16, vit_width=96, vit_layers=3, vit_heads=4, tokenizer_width=96,
                    tokenizer_layers=2, tokenizer_heads=4, tokenizer_warm=0.4, word_weight=30.0, augment=False,
-                   batch_size=32, epochs=20, lr=1.5e-3, mask_ratio=0.25, tokenizer_epochs=6,
+                   batch_size=32, epochs=6, lr=1.5e-3, mask_ratio=0.25, tokenizer_epochs=2,
                    tokenizer_batch_size=32, tokenizer_lr=1e-3)
 
 

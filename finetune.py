@@ -506,7 +506,7 @@ def train(args, machine):
         return report_zero_shot(task, base, run, args, machine)
 
     clips = task.clips(model, args, machine)
-    epoch, batches = batches_left(clips, run, args, machine)
+    batches = batches_left(clips, run, args, machine)
     machine.say(f"{task.title}: {len(clips):,} lines, {run.steps:,} steps of {batches.batch_size}, {machine}")
     wrapped = machine.wrap(model, args.compile)
     for batch in run.steps_of(make_loader(clips, batches, task, args, machine)):
@@ -523,7 +523,7 @@ def train(args, machine):
                 (share * loss).backward()
             losses += share * loss.detach()
         run.optimise(losses)
-        if run.step % epoch == 0 or run.step == run.steps:
+        if run.step % batches.steps_per_epoch == 0 or run.step == run.steps:
             model.eval()
             scores = task.evaluate(model, "val", args, machine)
             run.log(split="val", **scores, loss=float(losses))

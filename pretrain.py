@@ -24,8 +24,9 @@ from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, checkp
                    mlm_loss, mvm_loss, prefetch, random_mask, rank_of_truth, run_script, save, set_up,
                    vtm_loss, vtm_targets)
 from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans
-from train_tokenizer import (batches_left, captions_of, clips_of, encode_padded, evaluation_loader,
-                             make_loader, make_vocabulary, open_clips, pad, read_words, scale)
+from train_tokenizer import (batches_left, between_evaluations, captions_of, clips_of, encode_padded,
+                             evaluation_loader, make_loader, make_vocabulary, open_clips, pad, read_words,
+                             scale)
 
 LOSSES = {"vtm": vtm_loss, "mlm": mlm_loss, "mvm": mvm_loss}
 FUNCTION_WORDS = set("a an the is are there that and then while on at in of to with it".split())
@@ -46,7 +47,8 @@ def parse(argv=None):
                         "(default: none)")
     parser.add_argument("--codes", default="auto", choices=["auto", "kept", "online"], help="MVM's labels: "
                         "kept, computed once for every source frame and saved beside the tokenizer, or "
-                        "online; auto: kept where frames are not augmented (default: auto)")
+                        "online; auto: kept where frames are not augmented and clips are seen three times or "
+                        "more (default: auto)")
     parser.add_argument("--keep-at", default="", metavar="SHARES", help="leave checkpoints at these shares "
                         "of the run, e.g. 0.2,0.4 (default: none)")
     parser.add_argument("--out", default="runs/pretrain", metavar="DIR", help="the run's folder (default: "
@@ -490,12 +492,13 @@ def train(args, machine):
     run = Run(args, "pretrain", config, wordpiece.vocab, ("objectives", "tokenizer", "init_video",
               "init_text"), machine)
     run.start(model, optimizer, args.resume)
-    online = Labels(tokenizer, machine)
-    labels = label_source(online, folder, splits["train"], config, args, machine)
 
-    epoch, batches = batches_left(clips, run, args, machine)
-    look = epoch * max(1, args.epochs // 10)        # an evaluation ten times a run, or every epoch
+    batches = batches_left(clips, run, args, machine)
+    look = between_evaluations(run.steps)
     keep = {max(1, round(share * run.steps)): share for share in args.keep_at}
+    online = Labels(tokenizer, machine)
+    passes = run.steps * batches.batch_size / len(clips)
+    labels = label_source(online, folder, splits["train"], config, passes, args, machine)
     collate = PretrainBatch(wordpiece, config, args.objectives, args.seed)
     held_out = evaluation_loader(splits["val"], collate, config, args, machine)
     wrapped = machine.wrap(model, args.compile)
@@ -571,14 +574,15 @@ def start_from_nothing(model, manifest, args, machine, clips=64):
             model.start(scale(frames.to(machine.device)))
 
 
-def label_source(online, folder, manifest, config, args, machine):
-    """Labels kept or online, as --codes says; kept ones need frames that are not augmented."""
+def label_source(online, folder, manifest, config, passes, args, machine):
+    """Labels kept or online, as --codes says; kept ones need frames that are not augmented, and pay from the
+    third pass over the clips on, since they are of all their frames."""
     if online.tokenizer is None:
         return online
     if args.codes == "kept" and config.augment:
         raise InputError(f"--codes kept: the {config.preset} preset crops frames at random, so codes change "
                          "with them; use --codes online")
-    if args.codes == "online" or config.augment:
+    if args.codes == "online" or config.augment or args.codes == "auto" and passes < 3:
         machine.say("MVM's labels: online, from the tokenizer at each step")
         return online
     machine.say("MVM's labels: kept, computed once for every source frame")

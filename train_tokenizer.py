@@ -119,11 +119,15 @@ def clips_of(manifest, config, args, train, mismatched):
 
 
 def batches_left(clips, run, args, machine):
-    """Sets how long the run is -> steps an epoch, and the Batches of the steps that are left."""
+    """Sets how long the run is -> the Batches of the steps that are left."""
     epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
     run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
-    return epoch, Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank,
-                          machine.world)
+    return Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank, machine.world)
+
+
+def between_evaluations(steps):
+    """Ten evaluations a run, at least a hundred steps apart, and one at the end."""
+    return max(100, math.ceil(steps / 10))
 
 
 def make_loader(clips, batches, collate, args, machine):
@@ -219,7 +223,8 @@ def train(args, machine):
     run = Run(args, "tokenizer", config, wordpiece.vocab, ("loss", "revive_after", "init_tokenizer"), machine)
     run.start(tokenizer, optimizer, args.resume)
 
-    epoch, batches = batches_left(clips, run, args, machine)
+    batches = batches_left(clips, run, args, machine)
+    look = between_evaluations(run.steps)
     warm, last_revival = round(config.tokenizer_warm * run.steps), 0.8 * run.steps
     collate = TokenizerBatch(wordpiece, config)
     held_out = evaluation_loader(splits["val"], collate, config, args, machine)
@@ -251,7 +256,7 @@ def train(args, machine):
             machine.shared(tokenizer.quantizer.codebook.data)
             used.zero_()
         run.state["used"] = used
-        if run.step % epoch == 0 or run.step == run.steps:
+        if run.step % look == 0 or run.step == run.steps:
             scores = evaluate(tokenizer, held_out, args, machine)
             run.log(split="val", **scores, **gradients_at_encoder(tokenizer, batch, args))
             run.save_best(-math.inf if run.step < warm else -scores["word_loss"])

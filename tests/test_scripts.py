@@ -43,7 +43,7 @@ def home(tmp_path_factory):
 def unbroken(home):
     """A pretraining run of eight steps, and what it printed."""
     return home / "whole", run("pretrain.py", "--data", "clips", "--max-steps", 8, "--keep-at", "0.5",
-                               "--out", "whole", *QUICK, folder=home)
+                               "--codes", "kept", "--out", "whole", *QUICK, folder=home)
 
 
 def weights(path):

@@ -320,8 +320,8 @@ def codebook(entries, path, title=""):
 
 
 def circle(entries, path, title="", radius=420, side=72, rings=4):
-    """Codes of two numbers, which lie on a circle. entries: a list of (point (2,), crop uint8 (h, w, 3), word);
-    each crop stands outside of its code, on one of `rings`, with the word below it."""
+    """Codes of two numbers, which lie on a circle. entries: a list of (point (2,), crop uint8 (h, w, 3),
+    word); each crop stands outside of its code, on one of `rings`, with the word below it."""
     reach = radius + rings * (side + 40) + side
     page = Image.new("RGB", (2 * reach, 2 * reach), PAPER)
     pen = ImageDraw.Draw(page)

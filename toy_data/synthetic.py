@@ -628,7 +628,7 @@ def is_there(out, card):
     return True
 
 
-def render(out, clips=4000, seed=0, workers=None):
+def render(out, clips=12000, seed=0, workers=None):
     """Draws the set into the folder `out`: whole, or not at all. The same bytes for the same seed."""
     out = Path(out)
     if clips < 45:
