@@ -1,7 +1,8 @@
-"""Toy versions of the paper's Table 5 and Figs. 2 and 6, and what pretraining gives each task, over 3 seeds.
+"""Toy versions of the paper's Tables 5 to 7 and Figs. 2 and 6, what pretraining gives each task, and the
+README's experiments, each over 3 seeds.
 
-    python tests/tables.py                  everything: hours on 2 cores
-    python tests/tables.py tasks table5     some of it: tasks, table5, fig6, fig2
+    python tests/tables.py                  everything: many hours on 2 cores
+    python tests/tables.py tasks table5     some of it, by the names that --help lists
     python tests/tables.py --show           the tables of the runs that are there
 
 Every row has the same steps: PRETRAIN, and FINE_TUNE for each task. Runs lie in runs/tables; stop with Ctrl-C
@@ -32,7 +33,31 @@ TASKS = {"retrieval": ("retrieval", "r1"), "QA": ("qa", "top1"), "MC caption": (
          "MC action": ("mc --set action", "top1"), "MC transition": ("mc --set transition", "top1"),
          "probe": ("probe", "top1")}
 POINTS = (0.2, 0.4, 0.6, 0.8, 1.0)
-SIZES = {"small": "dims=8,16,32,64 width=64", "toy": "", "large": "dims=24,48,96,192 width=192"}
+SIZES = {"small": "--config dims=8,16,32,64 --config width=64", "toy": "",
+         "large": "--config dims=24,48,96,192 --config width=192"}
+TOKENIZERS = {"none": None, "pixels": "--target pixels", "VideoSwin": "--encoder videoswin",
+              "ViT, BCE": "--loss bce", "ViT, focal": ""}
+FINER = "--config size=96"      # 3x3 cells a frame: 2x2 have room for three mask ratios
+# The scores to look at, and of each row the flags of both stages, the tokenizer's own, pretraining's own.
+EXPERIMENTS = {
+    "mask-ratio": (("mvm", "mvm_copy", "mvm_mode", "mc", "vtm"), {
+        f"{ratio:.0%}": (FINER, "", f"--config mask_ratio={ratio}") for ratio in (0.1, 0.25, 0.4, 0.6, 0.8)}),
+    "blocks": (("mvm", "mvm_copy", "mvm_mode", "mc", "vtm"), {
+        "block-wise": (FINER, "", "--config mask_ratio=0.4"),
+        "one by one": (FINER, "", "--config mask_ratio=0.4 --config blocks=False")}),
+    "positions": (("mc_motion", "mc_colour", "mc_shape", "mc", "mvm"), {
+        "with": ("", "", ""), "without": ("", "", "--config video_positions=False")}),
+    "codes": (("codebook_usage", "mvm", "mvm_copy", "mc"), {
+        f"{codes}": ("", f"--config codes={codes}" * (codes != 64), "") for codes in (8, 64, 512)}),
+    "code-dim": (("codebook_usage", "mvm", "mvm_copy", "mc"), {
+        f"{dim}": ("", f"--config code_dim={dim}" * (dim != 16), "") for dim in (2, 16)}),
+    "frames": (("mc_motion", "mc_colour", "mc", "vtm"), {
+        f"{frames}": ("", "", f"--config frames={frames}" * (frames != 4)) for frames in (1, 2, 4, 8)}),
+    "vocabulary": (("mlm", "mc", "vtm", "r10"), {
+        "all words": ("", "", ""), "40": ("--config vocab_rows=40", "", "")}),
+    "negatives": (("vtm", "mc", "mc_colour", "mc_shape", "mc_motion", "r10"), {
+        f"hardest of {n}": ("", "", f"--config negatives={n}" * (n > 1)) for n in (1, 8)}),
+}
 
 
 # ------------------------------------------------------------------------------------------------------ runs
@@ -64,15 +89,17 @@ class Runs:
                 raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         return folder
 
-    def tokenizer(self, seed):
-        return self.run(f"tokenizer-{seed}", "train_tokenizer.py", "--seed", str(seed))
+    def tokenizer(self, seed, flags=""):
+        return self.run(f"tokenizer{short(flags)}-{seed}", "train_tokenizer.py", "--seed", str(seed),
+                        *flags.split())
 
-    def pretrained(self, objectives, seed, size="toy"):
-        flags = ["--objectives", objectives, "--max-steps", str(PRETRAIN), "--lr", str(PRETRAIN_LR),
-                 "--seed", str(seed), "--keep-at", ",".join(map(str, POINTS))]
-        flags += ["--tokenizer", str(self.tokenizer(seed)) if "mvm" in objectives else "none"]
-        flags += [flag for change in SIZES[size].split() for flag in ("--config", change)]
-        return self.run(f"pretrain-{size}-{objectives}-{seed}", "pretrain.py", *flags)
+    def pretrained(self, objectives, seed, flags="", tokenizer=""):
+        """`flags` are pretraining's, `tokenizer` its tokenizer's."""
+        wanted = ["--objectives", objectives, "--max-steps", str(PRETRAIN), "--lr", str(PRETRAIN_LR),
+                  "--seed", str(seed), "--keep-at", ",".join(map(str, POINTS)), *flags.split()]
+        wanted += ["--tokenizer", str(self.tokenizer(seed, tokenizer)) if "mvm" in objectives else "none"]
+        return self.run(f"pretrain-{objectives}{short(flags)}{short(tokenizer)}-{seed}", "pretrain.py",
+                        *wanted)
 
     def tuned(self, task, init, seed, name, *flags):
         steps = PROBE if task == "probe" else FINE_TUNE
@@ -91,11 +118,22 @@ class Runs:
         lr = max(LEARNING_RATES, key=best_on_val)
         return self.tuned(task, "none", seed, "from-nothing", "--lr", str(lr))
 
+    def with_tokenizer(self, flags, task, seed):
+        """A task fine-tuned from a model pretrained with that tokenizer, or without one where it is None."""
+        objectives = ROWS["VTM+MLM" if flags is None else "VTM+MLM+MVM"]
+        init = self.pretrained(objectives, seed, tokenizer=flags or "") / "best.pt"
+        return self.tuned(task, init, seed, f"from-{objectives}{short(flags or '')}")
+
     def at(self, objectives, point, task, seed):
         """Fig. 6: the model at a share of its pretraining, probed, or scored on multiple choice untrained."""
         init = self.pretrained(objectives, seed) / f"at-{point:g}.pt"
         flags = ["--zero-shot"] * (task != "probe")
         return self.tuned(task, init, seed, f"at-{point:g}-{objectives}", *flags)
+
+
+def short(flags):
+    """Flags as part of a folder's name."""
+    return "".join(f"-{word.removeprefix('--')}" for word in flags.split() if word != "--config")
 
 
 def lines_of(folder):
@@ -123,14 +161,29 @@ def tables(runs):
               for task in ("mc --set caption", "probe") for point in POINTS]
         for row, objectives in mvm.items()}
     yield "fig2", list(SIZES), {
-        row: [(partial(runs.pretrained, objectives, size=size), "mc") for size in SIZES]
+        row: [(partial(runs.pretrained, objectives, flags=flags), "mc") for flags in SIZES.values()]
         for row, objectives in mvm.items()}
+    yield "tokenizers", ["codebook_usage", "probe", "QA"], {
+        row: [NOTHING if flags is None else (partial(runs.tokenizer, flags=flags), "codebook_usage"),
+              *[(partial(runs.with_tokenizer, flags, task), "top1") for task in ("probe", "qa")]]
+        for row, flags in TOKENIZERS.items()}
+    yield "losses", ["word_recall", "rare_recall", "codebook_usage"], {
+        row: [(partial(runs.tokenizer, flags=flags), score)
+              for score in ("word_recall", "rare_recall", "codebook_usage")]
+        for row, flags in (("focal", ""), ("BCE", "--loss bce"))}
+    for name, (scores, rows) in EXPERIMENTS.items():
+        yield name, list(scores), {
+            row: [(partial(runs.pretrained, full, flags=f"{both} {own}", tokenizer=f"{both} {its}"), score)
+                  for score in scores] for row, (both, its, own) in rows.items()}
+
+
+NOTHING = (None, "")        # a cell without a run
 
 
 def cell(get, score):
     """'61.2 (58.0-64.1)': mean and range over the seeds in percent, and how many seeds if not all."""
     values = []
-    for seed in SEEDS:
+    for seed in SEEDS if get else ():
         with contextlib.suppress(Absent):
             values.append(100 * lines_of(get(seed=seed))[-1][score])
     if not values:
@@ -142,7 +195,8 @@ def cell(get, score):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wanted", nargs="*", metavar="TABLE", help="tasks, table5, fig6, fig2 (default: all)")
+    parser.add_argument("wanted", nargs="*", metavar="TABLE", help="tasks, table5, fig6, fig2, tokenizers "
+                        f"(Tables 6 and 7), losses, {', '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--data", default="data/toy", metavar="DIR", help="default: data/toy")
     parser.add_argument("--show", action="store_true", help="only print what the finished runs give")
     args = parser.parse_args()
@@ -151,7 +205,7 @@ def main():
     if runs.make:
         with ThreadPoolExecutor(2) as two:      # seed by seed, so that all rows have the first early
             made = [two.submit(get, seed=seed) for seed in SEEDS
-                    for _, _, rows in wanted for cells in rows.values() for get, _ in cells]
+                    for _, _, rows in wanted for cells in rows.values() for get, _ in cells if get]
             for one in made:
                 one.result()
     print(f"{PRETRAIN} steps of pretraining, {FINE_TUNE} of fine-tuning, {PROBE} of the probe; test, mean "
