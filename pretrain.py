@@ -475,6 +475,8 @@ def train(args, machine):
     tokenizer, folder = open_tokenizer(args, config, wordpiece, machine)
     if tokenizer is not None:
         config = replace(config, codes=tokenizer.config.codes)
+    online = Labels(tokenizer, machine)
+    labels = label_source(online, folder, splits["train"], config, args, machine)
     clips = clips_of(splits["train"], config, args, train=True, mismatched=True)
     torch.manual_seed(args.seed)
     model = EViLM(config).to(machine.device)
@@ -489,8 +491,6 @@ def train(args, machine):
     run = Run(args, "pretrain", config, wordpiece.vocab, ("objectives", "tokenizer", "init_video",
               "init_text"), machine)
     run.start(model, optimizer, args.resume)
-    online = Labels(tokenizer, machine)
-    labels = label_source(online, folder, splits["train"], config, args, machine)
 
     epoch, batches = batches_left(clips, run, args, machine)
     look = epoch * max(1, args.epochs // 10)        # an evaluation ten times a run, or every epoch
@@ -571,14 +571,19 @@ def start_from_nothing(model, manifest, args, machine, clips=64):
 
 
 def label_source(online, folder, manifest, config, args, machine):
-    """Labels kept or online, as --codes says; kept ones need frames that are not augmented."""
+    """Labels kept or online, as --codes says; kept ones need frames that are not augmented, and a tokenizer
+    that sees one frame at a time."""
     if online.tokenizer is None:
         return online
-    if args.codes == "kept" and config.augment:
-        raise InputError(f"--codes kept: the {config.preset} preset crops frames at random, so codes change "
-                         "with them; use --codes online")
-    if args.codes == "online" or config.augment:
-        machine.say("MVM's labels: online, from the tokenizer at each step")
+    changing = (f"the {config.preset} preset crops frames at random, so codes change with them"
+                if config.augment else
+                "VideoSwin sees a frame's neighbours, so codes change with the frames that are sampled"
+                if online.tokenizer.sees_neighbours else "")
+    if args.codes == "kept" and changing:
+        raise InputError(f"--codes kept: {changing}; use --codes online")
+    if args.codes == "online" or changing:
+        machine.say("MVM's labels: online, from the tokenizer at each step"
+                    + f" ({changing})" * bool(changing))
         return online
     machine.say("MVM's labels: kept, computed once for every source frame")
     return Labels(online.tokenizer, machine, *keep_codes(online.tokenizer, folder, manifest, args, machine))
