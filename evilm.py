@@ -17,6 +17,8 @@ the paper's.
     (7)   L_SVQ                             VectorQuantizer, train_tokenizer.py
     (8)   L = L_MLM + L_VTM + L_MVM         EViLM.forward, pretrain.py
     4     R@K, multiple choice              rank_of_truth, EViLM.match
+    4.3   other tokenizers: VideoSwin       VideoSwin, SwinBlock, WindowAttention
+    4.3   ... of pixels, as DALL-E's        SemanticTokenizer.draw_pixels
     4.2   questions, options; linear probe  Choice, LinearProbe
     4.4   fast retrieval                    FastRetrieval, contrastive_loss, ranks_by_cosine
     4.1   weights that others published     load_published
@@ -39,7 +41,7 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -91,6 +93,13 @@ class Config:
     tokenizer_width: int = 384          # the paper gives 8 layers and no width: the decoder's
     tokenizer_layers: int = 8
     tokenizer_heads: int = 6
+    # other tokenizers (4.3, Tables 6 and 7)
+    tokenizer_target: str = "words"     # what D reads from the codes: the caption's words, or the pixels
+    tokenizer_encoder: str = "vit"      # E: vit, or videoswin, which sees a frame's neighbours: Video Swin-T
+    swin_dim: int = 96                  # channels of stage 1; twice as many each stage
+    swin_depths: tuple = (2, 2, 6, 2)
+    swin_heads: tuple = (3, 6, 12, 24)
+    swin_window: tuple = (8, 7, 7)      # frames, rows and columns within which cells attend to each other
     # masking (4.1)
     mask_ratio: float = 0.40
     word_ratio: float = 0.15
@@ -113,10 +122,16 @@ class Config:
     # unquantized.
     tokenizer_warm: float = 0.0
     word_weight: float = 1.0            # factor on L_TOKEN in Eq. (7), small beside the code terms by its 1/K
+    pixel_weight: float = 200.0         # the same of pixels: their gradient at E(X) is then as strong
 
     @property
     def grid(self):
         return self.size // 32
+
+    @property
+    def target_weight(self):
+        """The factor on Eq. (7)'s first term, L_TOKEN or what stands in its place (4.3)."""
+        return self.word_weight if self.tokenizer_target == "words" else self.pixel_weight
 
     @classmethod
     def paper(cls):
@@ -132,7 +147,8 @@ class Config:
                    code_dim=16, vit_width=96, vit_layers=3, vit_heads=4, tokenizer_width=96,
                    tokenizer_layers=2, tokenizer_heads=4, tokenizer_warm=0.4, word_weight=30.0, augment=False,
                    batch_size=32, epochs=6, lr=1.5e-3, mask_ratio=0.25, tokenizer_epochs=2,
-                   tokenizer_batch_size=32, tokenizer_lr=1e-3)
+                   tokenizer_batch_size=32, tokenizer_lr=1e-3, swin_dim=16, swin_depths=(1, 2, 2, 1),
+                   swin_heads=(1, 2, 4, 8), swin_window=(4, 4, 4))
 
 
 # ---------------------------------------------------------------------------------------------- Video encoder
@@ -458,7 +474,8 @@ def initialise(module):
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
 
@@ -711,6 +728,128 @@ class ViT(nn.Module):
         return self.blocks(self.norm(x))[:, 1:]
 
 
+def windows_of(x, window):
+    """A grid cut into windows: (B, T, H, W, C) -> (B, windows, cells of one, C)."""
+    B, T, H, W, C = x.shape
+    t, h, w = window
+    x = x.view(B, T // t, t, H // h, h, W // w, w, C).permute(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(B, -1, t * h * w, C)
+
+
+def grid_of(x, window, sides):
+    """`windows_of` undone: (B, windows, cells of one, C) -> (B, T, H, W, C), `sides` being T, H, W."""
+    B, _, _, C = x.shape
+    x = x.view(B, *(n // w for n, w in zip(sides, window)), *window, C).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(B, *sides, C)
+
+
+def torn_apart(sides, window, shift, device):
+    """Cells that meet in a window only as the shifted grid is closed to a ring: (windows, cells, cells)."""
+    wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(sides, shift)]
+    t, y, x = torch.meshgrid(*wrapped, indexing="ij")
+    region = windows_of((4 * t + 2 * y + x)[None, ..., None], window)[0, ..., 0]            # (windows, cells)
+    return region[:, :, None] != region[:, None]
+
+
+class WindowAttention(nn.Module):
+    """Self-attention within windows, with a learned bias for each distance in time, rows and columns.
+
+    (B, windows, cells, C) -> the same; pairs of cells that are `apart` (windows, cells, cells) do not attend.
+    """
+
+    def __init__(self, dim, heads, window):
+        super().__init__()
+        self.heads = heads
+        t, h, w = (2 * n - 1 for n in window)                       # distances from -(n - 1) to n - 1
+        self.relative_position_bias_table = nn.Parameter(0.02 * torch.randn(t * h * w, heads))
+        places = torch.cartesian_prod(*map(torch.arange, window))                           # (cells, 3)
+        distances = places[:, None] - places + torch.tensor(window) - 1                 # (cells, cells, 3)
+        self.register_buffer("relative_position_index",
+                             (distances * torch.tensor([h * w, w, 1])).sum(-1), persistent=False)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, apart):
+        B, n, N, C = x.shape
+        qkv = self.qkv(x).view(B, n, N, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)                               # (B, n*h, N, c)
+        # A window that was made smaller takes the biases of a whole one's first N cells, as the release does.
+        bias = self.relative_position_bias_table[self.relative_position_index[:N, :N]]      # (N, N, h)
+        bias = bias.permute(2, 0, 1).masked_fill(apart[:, None], -math.inf)                 # (n, h, N, N)
+        y = F.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1).to(q.dtype))
+        return self.proj(y.view(B, n, self.heads, N, -1).transpose(2, 3).reshape(B, n, N, C))
+
+
+class SwinBlock(nn.Module):
+    """Attention within windows, which are shifted by half their size in every other block, then two linear
+    layers. (B, T, H, W, C) -> the same."""
+
+    def __init__(self, dim, heads, window, shifted):
+        super().__init__()
+        self.window, self.shift = window, [n // 2 if shifted else 0 for n in window]
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, heads, window)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), gelu=nn.GELU(),
+                                             fc2=nn.Linear(4 * dim, dim)))
+
+    def forward(self, x):
+        _, T, H, W, _ = x.shape
+        # Along a side that one window covers, the window is as long as the side and does not shift.
+        window = [min(n, w) for n, w in zip((T, H, W), self.window)]
+        shift = [s if n > w else 0 for n, w, s in zip((T, H, W), self.window, self.shift)]
+        t, h, w = (-n % w for n, w in zip((T, H, W), window))
+        y = F.pad(self.norm1(x), (0, 0, 0, w, 0, h, 0, t))          # to whole windows, as the release does
+        sides = y.shape[1:4]
+        y = windows_of(y.roll([-s for s in shift], (1, 2, 3)), window)
+        y = grid_of(self.attn(y, torn_apart(sides, window, shift, x.device)), window, sides)
+        x = x + y.roll(shift, (1, 2, 3))[:, :T, :H, :W]
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerging(nn.Module):
+    """2x2 cells become one, twice as wide: (B, T, H, W, C) -> (B, T, H/2, W/2, 2C)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x):
+        B, T, H, W, C = x.shape
+        x = x.view(B, T, H // 2, 2, W // 2, 2, C).permute(0, 1, 2, 4, 5, 3, 6)      # the column counts first
+        return self.reduction(self.norm(x.reshape(B, T, H // 2, W // 2, 4 * C)))
+
+
+class VideoSwin(nn.Module):
+    """E of 4.3's other tokenizer: Video Swin (Liu et al., 2022), which sees all frames of a clip together.
+    (B, T, 3, H, W), normalised -> (B, T, H/32, W/32, 8 dim).
+
+    Parameters are named and shaped as in the authors' release. Its stochastic depth is left out: the paper
+    does not speak of it.
+    """
+
+    def __init__(self, dim=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=(8, 7, 7)):
+        super().__init__()
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, dim, (2, 4, 4), stride=(1, 4, 4)),
+                                          "norm": nn.LayerNorm(dim)})
+        self.layers = nn.Sequential()
+        for i, depth in enumerate(depths):
+            stage = nn.Sequential(OrderedDict(blocks=nn.Sequential(
+                *(SwinBlock(dim << i, heads[i], window, shifted=j % 2 == 1) for j in range(depth)))))
+            if i < len(depths) - 1:
+                stage.add_module("downsample", PatchMerging(dim << i))
+            self.layers.append(stage)
+        self.norm = nn.LayerNorm(dim << len(depths) - 1)
+
+    def forward(self, x):
+        # The release's patches are two frames long and its stride is 2: it pools in time, which 4.3 removes.
+        # With a stride of 1 and an empty frame after the last, each frame has its cells.
+        x = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, 1))                                # (B, 3, T + 1, H, W)
+        x = self.patch_embed["norm"](self.patch_embed["proj"](x).movedim(1, -1))       # (B, T, H/4, W/4, dim)
+        return self.norm(self.layers(x))
+
+
 class VectorQuantizer(nn.Module):
     """q of Eq. (4): nearest code of a learned codebook. (..., dim) -> quantized (..., dim), ids (...), loss.
 
@@ -750,49 +889,79 @@ class VectorQuantizer(nn.Module):
 
 
 class SemanticTokenizer(nn.Module):
-    """The semantic vector-quantized tokenizer of 3.3: frames -> codes -> the words of the caption."""
+    """The semantic vector-quantized tokenizer of 3.3: frames -> codes -> the words of the caption.
+
+    4.3 compares it with one whose E is VideoSwin, and with DALL-E's dVAE, for which a tokenizer of pixels
+    stands here: E and codebook are the same, and D draws each frame from its codes. It is a plain
+    vector-quantized autoencoder; DALL-E's is convolutional, samples its codes by Gumbel softmax under a
+    uniform prior on them, and its likelihood is no squared error.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.encoder = ViT(c.size, 32, c.vit_width, c.vit_layers, c.vit_heads)
-        self.proj = nn.Linear(c.vit_width, c.code_dim)
+        self.sees_neighbours = c.tokenizer_encoder == "videoswin"   # a frame's codes depend on other frames
+        self.encoder = (VideoSwin(c.swin_dim, c.swin_depths, c.swin_heads, c.swin_window)
+                        if self.sees_neighbours else
+                        ViT(c.size, 32, c.vit_width, c.vit_layers, c.vit_heads))
+        self.proj = nn.Linear(8 * c.swin_dim if self.sees_neighbours else c.vit_width, c.code_dim)
         self.quantizer = VectorQuantizer(c.codes, c.code_dim)
         self.expand = nn.Linear(c.code_dim, c.tokenizer_width)
         self.decoder = Transformer(c.tokenizer_layers, c.tokenizer_width, c.tokenizer_heads)
-        self.head = nn.Linear(c.tokenizer_width, c.vocab_rows - len(SPECIAL))
-        for part in (self.encoder.blocks, self.proj, self.decoder, self.head):
+        of_words = c.tokenizer_target == "words"
+        self.head = nn.Linear(c.tokenizer_width, c.vocab_rows - len(SPECIAL) if of_words else 3 * 32 * 32)
+        for part in (self.encoder, self.proj, self.decoder, self.head):
             part.apply(initialise)
         nn.init.normal_(self.expand.weight)         # unit vectors come in: this makes each number of size 1
-        nn.init.constant_(self.head.bias, -3.0)     # words are rare, as in Lin et al. (the focal loss)
+        # Words are rare, as in Lin et al. (the focal loss). Pixels begin grey, or noise is unlearned first.
+        nn.init.constant_(self.head.bias, -3.0 if of_words else 0.5)
+        if not of_words:
+            nn.init.normal_(self.head.weight, std=0.02)
 
     def embed(self, frames):
         """E(X): (B, T, 3, H, W) in [0, 1] -> (B, T, g, g, code_dim)."""
+        if self.sees_neighbours:
+            return self.proj(self.encoder(normalise(frames, *IMAGENET)))
         B, T = frames.shape[:2]
         cells = self.proj(self.encoder(normalise(frames, *CLIP).flatten(0, 1)))
         g = math.isqrt(cells.shape[1])
         return cells.view(B, T, g, g, -1)
+
+    def decode(self, quantized):
+        """D on codes and their time and place: (B, T, g, g, code_dim) -> (B, N, width)."""
+        T, g = quantized.shape[1:3]
+        cells = self.expand(quantized).flatten(1, 3)
+        return self.decoder(cells + space_time_sines(T, g, cells.shape[-1], cells.device))
 
     def read_words(self, quantized):
         """Eq. (5): the words' logits from the averaged output of D. (B, T, g, g, code_dim) -> (B, K).
 
         D sees all codes of the clip with their time and place, or "left" and "right" could not be told apart.
         """
+        return self.head(self.decode(quantized).mean(1))[:, :self.config.words - len(SPECIAL)]
+
+    def draw_pixels(self, quantized):
+        """Each frame from its own codes, as an image's tokenizer does: (B, T, g, g, code_dim) -> frames."""
         B, T, g = quantized.shape[:3]
-        cells = self.expand(quantized).flatten(1, 3)                                        # (B, N, width)
-        output = self.decoder(cells + space_time_sines(T, g, cells.shape[-1], cells.device))
-        return self.head(output.mean(1))[:, :self.config.words - len(SPECIAL)]
+        cells = self.head(self.decode(quantized.flatten(0, 1)[:, None])).view(B, T, g, g, 3, 32, 32)
+        return cells.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, T, 3, 32 * g, 32 * g)
 
     def forward(self, frames, quantize=True):
-        """-> words' logits (B, K), ids (B, T, g, g), the codebook and commitment terms of Eq. (7).
+        """-> what D reads from the codes, ids (B, T, g, g), the codebook and commitment terms of Eq. (7).
 
-        Without `quantize` the words are read from E(X) itself, l2-normalised, and the terms count nothing.
+        D reads words' logits (B, K), or frames (B, T, 3, H, W) where pixels are the target. Without
+        `quantize` it reads E(X) itself, l2-normalised, and the terms count nothing.
         """
         embedded = self.embed(frames)
         quantized, ids, loss = self.quantizer(embedded)
         if not quantize:
             quantized, loss = F.normalize(embedded, dim=-1), 0.0 * loss
-        return self.read_words(quantized), ids, loss
+        return self.reconstruct(quantized), ids, loss
+
+    def reconstruct(self, quantized):
+        """The target, read from codes: words' logits or pixels."""
+        of_words = self.config.tokenizer_target == "words"
+        return self.read_words(quantized) if of_words else self.draw_pixels(quantized)
 
     @torch.no_grad()
     def tokenize(self, frames):
@@ -990,7 +1159,8 @@ RELEASES = [                            # a file is what the first tell in it sa
     Release("a CLIP vision model", r"ln_pre\.weight", ViT, OPENAI_NAMES, "CLIP's ViT-B/32"),
     Release("a CLIP vision model", r"pre_layrnorm\.weight", ViT, HUGGING_FACE_NAMES, "CLIP's ViT-B/32"),
     Release("a CLIP text model", r"text_model\.embeddings\.token_embedding\.weight"),
-    Release("a Swin transformer", r"layers\.0\.blocks\.0\.attn\.relative_position_bias_table"),
+    Release("a Swin transformer", r"layers\.0\.blocks\.0\.attn\.relative_position_bias_table", VideoSwin,
+            size="Video Swin-T"),       # one for images has the same keys, and other shapes
     Release("a ConvNeXt", r"stages\.0\.0\.dwconv\.weight"),
     Release("a ResNet", r"layer1\.0\.conv1\.weight"),
     Release("a vision transformer, not CLIP's", r"blocks\.0\.attn\.qkv\.weight")]
@@ -1157,12 +1327,12 @@ def open_published(path):
 
 @torch.no_grad()
 def load_published(part, path, vocab=None):
-    """Fills an `EdgeNeXt`, a `ViT` or an `EViLM`'s text side from a published checkpoint -> `Published`.
+    """Fills an `EdgeNeXt`, a `ViT`, a `VideoSwin` or an `EViLM`'s text side from a published checkpoint.
 
-    BERT's rows follow `part.vocab` word by word, `vocab` being the checkpoint's words where they are others;
-    where neither is known they are taken row by row. Raises InputError, and fills nothing, if the file is of
-    something else or a tensor cannot fit. BERT's miniature was published with 2 heads: the paper's 4 cut the
-    same tensors finer.
+    Returns `Published`. BERT's rows follow `part.vocab` word by word, `vocab` being the checkpoint's words
+    where they are others; where neither is known they are taken row by row. Raises InputError, and fills
+    nothing, if the file is of something else or a tensor cannot fit. BERT's miniature was published with 2
+    heads: the paper's 4 cut the same tensors finer.
     """
     report, values, used = Published(Path(path)), {}, set()
     tensors = open_published(report.path)
@@ -1268,8 +1438,10 @@ def changed(config, changes):
     """The Config with some fields changed: a list of "NAME=VALUE", each read as the field's own kind."""
     for change in changes:
         name, _, text = change.partition("=")
-        if name not in asdict(config) or name == "preset":
+        if name not in asdict(config):
             raise InputError(f"--config {change}: Config has no field {name!r}; evilm.py lists them")
+        if isinstance(getattr(config, name), str):
+            raise InputError(f"--config {change}: {name} is chosen by --{name.removeprefix('tokenizer_')}")
         kind = type(getattr(config, name))
         try:
             value = (tuple(map(int, text.split(","))) if kind is tuple
@@ -1500,10 +1672,12 @@ def load(path, *kinds, hint=""):
 
 
 def config_of(checkpoint):
-    """The Config that a checkpoint was trained with, from its plain dict."""
+    """The Config that a checkpoint was trained with, from its plain dict; a field that is younger than the
+    checkpoint is its preset's."""
     try:
-        return Config(**{name: tuple(value) if isinstance(value, list) else value
-                         for name, value in checkpoint["config"].items()})
+        return replace(preset_named(checkpoint["config"].get("preset")),
+                       **{name: tuple(value) if isinstance(value, list) else value
+                          for name, value in checkpoint["config"].items()})
     except TypeError as error:
         raise InputError(f"the checkpoint's config does not fit this version of evilm.py ({error})") from None
 
@@ -1550,17 +1724,16 @@ class Run:
         self.stop = True
 
     def restore(self, checkpoint):
-        path = self.folder / "last.pt"
-        for name, value in self.constant["settings"].items():
-            if checkpoint["settings"].get(name) != value:
-                raise InputError(f"{path} was trained with --{name.replace('_', '-')} "
-                                 f"{checkpoint['settings'].get(name)}, not {value}: resume with the flags it "
-                                 "began with, or choose another --out")
-        for name in ("config", "vocab"):
-            if checkpoint[name] != self.constant[name]:
-                raise InputError(f"{path} was trained with another "
-                                 f"{'preset or --config' if name == 'config' else 'vocabulary'}: "
-                                 "resume with the flags it began with, or choose another --out")
+        path, advice = self.folder / "last.pt", "resume with the flags it began with, or choose another --out"
+        if checkpoint["vocab"] != self.constant["vocab"]:
+            raise InputError(f"{path} was trained with another vocabulary: {advice}")
+        theirs = {"config": asdict(config_of(checkpoint)), "settings": checkpoint["settings"]}
+        for kind, values in theirs.items():
+            for name, value in self.constant[kind].items():
+                if values.get(name) != value:
+                    named = f"a {name} of" if kind == "config" else f"--{name.replace('_', '-')}"
+                    raise InputError(f"{path} was trained with {named} {values.get(name)}, not {value}: "
+                                     f"{advice}")
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.best, self.state = checkpoint["step"], checkpoint["best"], checkpoint["state"]
@@ -1710,6 +1883,7 @@ TRACED = {
     r"decoder\.\d+": "Eq. (2)", r"pooler": "3.4 VTM", r"(vtm|mlm|mvm)_head": "Eq. (8)"}
 TRACED_TOKENIZER = {
     r"encoder\.(patch|blocks\.\d+)": "3.3 E", r"proj": "3.3 E", r"quantizer": "Eq. (4), (7)",
+    r"encoder\.(patch_embed\.proj|layers\.\d\.(blocks\.\d+|downsample))": "4.3 VideoSwin",
     r"expand": "3.3 D", r"decoder\.\d+": "3.3 D", r"head": "Eq. (5)"}
 
 
@@ -1783,8 +1957,10 @@ def main():
     parser.add_argument("--preset", default="paper", metavar="toy|paper", help="default: paper")
     parser.add_argument("--trace", action="store_true", help="instead: follow one clip and its caption "
                         "through the model, step by step")
+    parser.add_argument("--encoder", default="vit", choices=["vit", "videoswin"], help="the "
+                        "tokenizer's (4.3; default: vit)")
     args = parser.parse_args()
-    config = preset_named(args.preset)
+    config = replace(preset_named(args.preset), tokenizer_encoder=args.encoder)
     if args.trace:
         return trace(config)
     print(f"Table 8, preset {args.preset}\n{'':<28}{'parameters':>12}{'paper':>9}")

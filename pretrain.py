@@ -478,6 +478,8 @@ def train(args, machine):
     tokenizer, folder = open_tokenizer(args, config, wordpiece, machine)
     if tokenizer is not None:
         config = replace(config, codes=tokenizer.config.codes)
+    online = Labels(tokenizer, machine)
+    labels = label_source(online, folder, splits["train"], config, args, machine)
     clips = clips_of(splits["train"], config, args, train=True, mismatched=True)
     torch.manual_seed(args.seed)
     model = EViLM(config).to(machine.device)
@@ -496,9 +498,6 @@ def train(args, machine):
     batches = batches_left(clips, run, args, machine)
     look = between_evaluations(run.steps)
     keep = {max(1, round(share * run.steps)): share for share in args.keep_at}
-    online = Labels(tokenizer, machine)
-    passes = run.steps * batches.batch_size / len(clips)
-    labels = label_source(online, folder, splits["train"], config, passes, args, machine)
     collate = PretrainBatch(wordpiece, config, args.objectives, args.seed)
     held_out = evaluation_loader(splits["val"], collate, config, args, machine)
     wrapped = machine.wrap(model, args.compile)
@@ -574,16 +573,21 @@ def start_from_nothing(model, manifest, args, machine, clips=64):
             model.start(scale(frames.to(machine.device)))
 
 
-def label_source(online, folder, manifest, config, passes, args, machine):
-    """Labels kept or online, as --codes says; kept ones need frames that are not augmented, and pay from the
-    third pass over the clips on, since they are of all their frames."""
+def label_source(online, folder, manifest, config, args, machine):
+    """Labels kept or online, as --codes says. Kept ones need frames that are not augmented and a tokenizer
+    that sees one frame at a time; being of all of a clip's frames, they pay from the third pass on."""
     if online.tokenizer is None:
         return online
-    if args.codes == "kept" and config.augment:
-        raise InputError(f"--codes kept: the {config.preset} preset crops frames at random, so codes change "
-                         "with them; use --codes online")
-    if args.codes == "online" or config.augment or args.codes == "auto" and passes < 3:
-        machine.say("MVM's labels: online, from the tokenizer at each step")
+    changing = (f"the {config.preset} preset crops frames at random, so codes change with them"
+                if config.augment else
+                "VideoSwin sees a frame's neighbours, so codes change with the frames that are sampled"
+                if online.tokenizer.sees_neighbours else "")
+    passes = min(args.epochs, (args.max_steps or math.inf) * args.batch_size / len(manifest))
+    if args.codes == "kept" and changing:
+        raise InputError(f"--codes kept: {changing}; use --codes online")
+    if args.codes == "online" or changing or args.codes == "auto" and passes < 3:
+        machine.say("MVM's labels: online, from the tokenizer at each step"
+                    + f" ({changing})" * bool(changing))
         return online
     machine.say("MVM's labels: kept, computed once for every source frame")
     return Labels(online.tokenizer, machine, *keep_codes(online.tokenizer, folder, manifest, args, machine))

@@ -2,6 +2,7 @@
 
     python train_tokenizer.py                           the toy preset on the synthetic set, on what there is
     python train_tokenizer.py --data my_clips --preset paper --device cuda
+    python train_tokenizer.py --target pixels           for Tables 6 and 7; so --encoder videoswin, --loss bce
     torchrun --nproc-per-node=2 train_tokenizer.py      over processes; several nodes: torchrun's own flags
 
 Leaves in --out: last.pt (go on with --resume), best.pt (lowest val loss), metrics.jsonl, curves.png,
@@ -29,22 +30,35 @@ MOST_EVALUATED = 1000           # clips of a split that one evaluation looks at
 def parse(argv=None):
     parser = common_flags(__doc__, stage="tokenizer_")
     toy, paper = Config.toy(), Config.paper()
-    parser.add_argument("--loss", default="focal", choices=["focal", "bce"], help="of the words: Eq. (6), or "
-                        "plain binary cross-entropy, which Table 6 compares (default: focal)")
+    parser.add_argument("--target", default="words", choices=["words", "pixels"], help="what is read from "
+                        "the codes: the caption's words, or the frames' pixels, in DALL-E's place in Tables "
+                        "6 and 7 (default: words)")
+    parser.add_argument("--encoder", default="vit", choices=["vit", "videoswin"], help="CLIP's ViT, a frame "
+                        "at a time, or VideoSwin, all together, which Table 7 compares (default: vit)")
+    parser.add_argument("--loss", choices=["focal", "bce"], help="of the words: Eq. (6), or plain binary "
+                        "cross-entropy, which Table 6 compares (default: focal)")
     parser.add_argument("--word-weight", type=float, help="factor on L_TOKEN in Eq. (7) (default: the "
                         f"preset's, {toy.word_weight:g} in toy, {paper.word_weight:g} in paper)")
-    parser.add_argument("--warm", type=float, help="share of the steps in which words are read from E(X) "
-                        "unquantized, for an encoder that starts from nothing (default: the preset's, "
-                        f"{toy.tokenizer_warm:g} in toy, {paper.tokenizer_warm:g} in paper)")
+    parser.add_argument("--warm", type=float, help="share of the steps in which words, or pixels, are read "
+                        "from E(X) unquantized, for an encoder that starts from nothing (default: the "
+                        f"preset's, {toy.tokenizer_warm:g} in toy, {paper.tokenizer_warm:g} in paper)")
     parser.add_argument("--revive-after", type=int, default=20, metavar="STEPS", help="move a code that no "
                         "cell chose for so many steps to an encoder output; 0: never, as in the paper "
                         "(default: 20)")
-    parser.add_argument("--init-tokenizer", metavar="FILE", help="published CLIP ViT-B/32 that the encoder "
-                        "starts from, as in the paper: a torch file or .safetensors, for --preset paper "
-                        "(default: none, it starts from nothing)")
+    parser.add_argument("--init-tokenizer", metavar="FILE", help="published CLIP ViT-B/32, or Video Swin-T "
+                        "for --encoder videoswin, that the encoder starts from, as in the paper: a torch "
+                        "file or .safetensors, for --preset paper (default: none, it starts from nothing)")
     parser.add_argument("--out", default="runs/tokenizer", metavar="DIR", help="the run's folder (default: "
                         "runs/tokenizer)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.target == "pixels":
+        for flag, value in (("--loss", args.loss), ("--word-weight", args.word_weight)):
+            if value is not None:
+                raise InputError(f"{flag} {value}: of words, and --target pixels reads none; its loss is the "
+                                 "squared error, its factor --config pixel_weight=NUMBER")
+    else:
+        args.loss = args.loss or "focal"
+    return args
 
 
 # ----------------------------------------------------------------------------- clips, captions and vocabulary
@@ -151,32 +165,51 @@ def scale(frames):
 # ----------------------------------------------------------------------------------------------------- losses
 
 
-def word_loss(name, logits, targets):
-    return (focal_loss(logits, targets) if name == "focal"
+def reconstruction_loss(args, config, read, batch):
+    """The first term of Eq. (7), of what D reads from the codes: L_TOKEN of words' logits (B, K), or, of
+    frames (B, T, 3, H, W), the mean squared error of their pixels, which are in [0, 1]."""
+    if config.tokenizer_target == "pixels":
+        return F.mse_loss(read.float(), scale(batch["frames"]))
+    logits, targets = read.float(), words_present(batch["ids"], batch["mask"], config.words)
+    return (focal_loss(logits, targets) if args.loss == "focal"
             else F.binary_cross_entropy_with_logits(logits, targets))
+
+
+def beside_the_loss(config, read, batch):
+    """(part, whole) of what is logged beside the loss. Of words, their recall: of a caption's k words, how
+    many are among the k that score highest; of pixels, the error of a clip's mean colour, to compare with."""
+    if config.tokenizer_target == "pixels":
+        frames = scale(batch["frames"])
+        return ((frames - frames.mean((1, 3, 4), keepdim=True)) ** 2).sum(), frames.numel()
+    targets = words_present(batch["ids"], batch["mask"], config.words)
+    ranks = read.float().argsort(1, descending=True).argsort(1)
+    return ((ranks < targets.sum(1, keepdim=True)) & (targets > 0)).sum(), targets.sum()
+
+
+def names_of(config):
+    """What metrics.jsonl calls the target's loss, what stands beside it, and its gradient."""
+    return (("word_loss", "word_recall", "word_gradient") if config.tokenizer_target == "words" else
+            ("pixel_loss", "pixel_mean_colour", "pixel_gradient"))
 
 
 @torch.no_grad()
 def evaluate(tokenizer, loader, args, machine):
-    """On held-out clips: the loss, recall of the captions' words, and how much of the codebook is in use."""
+    """On held-out clips: the loss, what stands beside it, and how much of the codebook is in use."""
     tokenizer.eval()
     c = tokenizer.config
     counts, sums = torch.zeros(c.codes), torch.zeros(5, dtype=torch.float64)
     for batch, _ in prefetch(loader, machine.device):
         with machine.autocast():
-            logits, ids, code_loss = tokenizer(scale(batch["frames"]))
-        logits, targets = logits.float(), words_present(batch["ids"], batch["mask"], c.words)
-        n = len(logits)
-        # Of a caption's k words, how many are among the k that score highest?
-        ranks = logits.argsort(1, descending=True).argsort(1)
-        found = ((ranks < targets.sum(1, keepdim=True)) & (targets > 0)).sum()
-        sums += torch.tensor([n * float(word_loss(args.loss, logits, targets)), n * float(code_loss), n,
-                              float(found), float(targets.sum())], dtype=torch.float64)
+            read, ids, code_loss = tokenizer(scale(batch["frames"]))
+        n, loss = len(ids), reconstruction_loss(args, c, read, batch)
+        sums += torch.tensor([n * float(loss), n * float(code_loss), n,
+                              *map(float, beside_the_loss(c, read, batch))], dtype=torch.float64)
         counts += torch.bincount(ids.flatten().cpu(), minlength=c.codes)
     sums = machine.total(sums)
     tokenizer.train()
-    return {"word_loss": float(sums[0] / sums[2]), "code_loss": float(sums[1] / sums[2]),
-            "word_recall": float(sums[3] / sums[4]), **usage(machine.total(counts))}
+    loss_name, beside_name, _ = names_of(c)
+    return {loss_name: float(sums[0] / sums[2]), "code_loss": float(sums[1] / sums[2]),
+            beside_name: float(sums[3] / sums[4]), **usage(machine.total(counts))}
 
 
 def usage(counts):
@@ -195,13 +228,13 @@ def codebook_in_use(tokenizer, loader, machine):
 
 
 def gradients_at_encoder(tokenizer, batch, args):
-    """Norms of the gradients that L_TOKEN and the code terms of Eq. (7) each send to E(X)."""
+    """Norms of the gradients that the reconstruction and the code terms of Eq. (7) each send to E(X)."""
     embedded = tokenizer.embed(scale(batch["frames"])).detach().requires_grad_()
     quantized, _, code_loss = tokenizer.quantizer(embedded)
-    words = words_present(batch["ids"], batch["mask"], tokenizer.config.words)
-    loss = tokenizer.config.word_weight * word_loss(args.loss, tokenizer.read_words(quantized), words)
+    c = tokenizer.config
+    loss = c.target_weight * reconstruction_loss(args, c, tokenizer.reconstruct(quantized), batch)
     return {name: float(torch.autograd.grad(term, embedded, retain_graph=True)[0].norm())
-            for name, term in (("word_gradient", loss), ("code_gradient", code_loss))}
+            for name, term in ((names_of(c)[2], loss), ("code_gradient", code_loss))}
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -211,7 +244,8 @@ def train(args, machine):
     """Trains a tokenizer as the flags say, from nothing or from where it was, and leaves its pictures."""
     config = configure(args, stage="tokenizer_")
     config = replace(config, word_weight=config.word_weight if args.word_weight is None else args.word_weight,
-                     tokenizer_warm=config.tokenizer_warm if args.warm is None else args.warm)
+                     tokenizer_warm=config.tokenizer_warm if args.warm is None else args.warm,
+                     tokenizer_target=args.target, tokenizer_encoder=args.encoder)
     splits = open_clips(args, machine)
     wordpiece, config = make_vocabulary(args, config, captions_of(splits["train"]), machine)
     clips = clips_of(splits["train"], config, args, train=True, mismatched=False)
@@ -230,6 +264,7 @@ def train(args, machine):
     held_out = evaluation_loader(splits["val"], collate, config, args, machine)
     model = machine.wrap(tokenizer, args.compile)
     used = run.state.get("used", torch.zeros(config.codes)).to(machine.device)
+    loss_name = names_of(config)[0]
 
     machine.say(f"tokenizer: {len(clips):,} clips, {run.steps:,} steps of {batches.batch_size} clips, "
                 f"{machine}")
@@ -241,13 +276,12 @@ def train(args, machine):
         losses = torch.zeros(2, device=machine.device)
         for part, sync in machine.parts(model, batch, args.accumulate):
             with sync, machine.autocast():
-                logits, ids, code_loss = model(scale(part["frames"]), quantize=run.step >= warm)
-                words = words_present(part["ids"], part["mask"], config.words)
+                read, ids, code_loss = model(scale(part["frames"]), quantize=run.step >= warm)
                 share = len(ids) / batches.batch_size * machine.world   # of this part in the batch's mean
-                word_term = share * word_loss(args.loss, logits.float(), words)
-                loss = config.word_weight * word_term + share * code_loss                   # Eq. (7)
+                target_term = share * reconstruction_loss(args, config, read, part)
+                loss = config.target_weight * target_term + share * code_loss               # Eq. (7)
             loss.backward()
-            losses += torch.stack([word_term.detach(), share * code_loss.detach()])
+            losses += torch.stack([target_term.detach(), share * code_loss.detach()])
             used += torch.bincount(ids.flatten(), minlength=config.codes)
         run.optimise(losses)
         if args.revive_after and run.step % args.revive_after == 0 and warm < run.step < last_revival:
@@ -259,9 +293,8 @@ def train(args, machine):
         if run.step % look == 0 or run.step == run.steps:
             scores = evaluate(tokenizer, held_out, args, machine)
             run.log(split="val", **scores, **gradients_at_encoder(tokenizer, batch, args))
-            run.save_best(-math.inf if run.step < warm else -scores["word_loss"])
-            machine.say(f"word loss {scores['word_loss']:.4f}, recall {scores['word_recall']:.1%}, "
-                    f"codes in use {scores['codebook_usage']:.1%}")
+            run.save_best(-math.inf if run.step < warm else -scores[loss_name])
+            machine.say(f"{said(config, scores)}, codes in use {scores['codebook_usage']:.1%}")
             run.save_last()
     run.say_speed()
     if machine.main:
@@ -284,44 +317,95 @@ def finish(tokenizer, run, splits, collate, args, machine):
     metrics = [line for line in run.metrics() if line["split"] == "val"]
     series = {name: [(line["step"], line[name]) for line in metrics]
               for name in metrics[0] if name != "split"}
-    pictures.curves([("words found, val", {"recall": series["word_recall"]}, {}, True),
-                     ("codes in use, val", {"usage": series["codebook_usage"]}, {}, True),
-                     ("losses, val", {"words": series["word_loss"], "codes": series["code_loss"]}, {},
-                      False)],
-                    run.folder / "curves.png", "Semantic tokenizer (3.3)")
+    c, (loss_name, beside_name, _) = tokenizer.config, names_of(tokenizer.config)
+    of_words = c.tokenizer_target == "words"
+    panels = [("words found, val", {"recall": series[beside_name]}, {}, True) if of_words else
+              ("squared error of pixels, val", {"error": series[loss_name]},
+               {"mean colour": scores[beside_name]}, False),
+              ("codes in use, val", {"usage": series["codebook_usage"]}, {}, True),
+              ("losses, val", {c.tokenizer_target: series[loss_name], "codes": series["code_loss"]}, {},
+               False)]
+    pictures.curves(panels, run.folder / "curves.png",
+                    "Semantic tokenizer (3.3)" if of_words else "Tokenizer of pixels (4.3)")
     draw_codebook(tokenizer, loader, collate.wordpiece, run.folder / "codebook.png", alone)
-    c = tokenizer.config
-    print(f"test: {scores['word_recall']:.1%} of a caption's words are among as many that score highest; "
-          f"{scores['codebook_usage']:.1%} of {c.codes:,} codes in use, "
+    print(f"test: {said(c, scores)}; {scores['codebook_usage']:.1%} of {c.codes:,} codes in use, "
           f"perplexity {scores['codebook_perplexity']:.1f}\n"
           f"look at {run.folder}/codebook.png, {run.folder}/curves.png\n"
           f"next: python pretrain.py --tokenizer {run.folder}")
 
 
+def said(config, scores):
+    """The target's scores in words."""
+    if config.tokenizer_target == "pixels":
+        return (f"squared error of pixels {scores['pixel_loss']:.4f} (a clip's mean colour: "
+                f"{scores['pixel_mean_colour']:.4f})")
+    return (f"word loss {scores['word_loss']:.4f}, {scores['word_recall']:.1%} of a caption's words are "
+            "among as many that score highest")
+
+
 @torch.no_grad()
-def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8):
-    """What the most used codes stand for: cells that carry each, and the words it predicts most strongly."""
-    tokenizer.eval()
-    c, counts, cells = tokenizer.config, torch.zeros(tokenizer.config.codes), {}
+def words_predicted(tokenizer):
+    """The words that each code predicts, of a clip that is this code everywhere: probabilities (M, K), and by
+    how much each exceeds its mean over the codes."""
+    c = tokenizer.config
+    codebook = F.normalize(tokenizer.quantizer.codebook, dim=-1)[:, None, None, None]
+    scores = torch.cat([tokenizer.read_words(codes.expand(-1, c.frames, c.grid, c.grid, -1)).sigmoid().cpu()
+                        for codes in codebook.split(64)])
+    return scores, scores - scores.mean(0)
+
+
+def words_beside(carried, present):
+    """The words in the captions of the clips that carry each code. carried (B, M), present (B, K) -> by how
+    many times a word is there oftener than in all captions (M, K), and by how much."""
+    among, overall = carried.t() @ present / carried.sum(0).clamp(min=1)[:, None], present.mean(0)
+    return among / overall.clamp(min=1 / len(present)), among - overall
+
+
+@torch.no_grad()
+def look_up_cells(tokenizer, loader, machine, cells):
+    """Each code's cells, two a batch (of many clips), are added to `cells`, {code: [uint8 (32, 32, 3)]}.
+
+    -> how many cells each code has (M,); the codes of each clip (B, M) and the words of its caption (B, K).
+    """
+    c = tokenizer.config
+    counts, carried, present = torch.zeros(c.codes), [], []
     for batch, _ in prefetch(loader, machine.device):
         ids = tokenizer.tokenize(scale(batch["frames"])).cpu()
         counts += torch.bincount(ids.flatten(), minlength=c.codes)
+        carried.append(torch.zeros(len(ids), c.codes).scatter_(1, ids.flatten(1), 1.0))
+        present.append(words_present(batch["ids"], batch["mask"], c.words).cpu())
         patches = batch["frames"].cpu().unfold(3, 32, 32).unfold(4, 32, 32)         # (B, T, 3, g, g, 32, 32)
         patches = patches.permute(0, 1, 3, 4, 5, 6, 2).flatten(0, 3)
         for code in ids.unique().tolist():
-            # two a batch: of many clips
             cells.setdefault(code, []).extend(patches[ids.flatten() == code][:2].numpy())
-    # A clip that is this one code everywhere: by how much does each word's score exceed its mean over codes?
-    codebook = F.normalize(tokenizer.quantizer.codebook, dim=-1)[:, None, None, None]
-    scores = tokenizer.read_words(codebook.expand(-1, c.frames, c.grid, c.grid, -1)).sigmoid().cpu()
-    lifts = scores - scores.mean(0)
+    return counts, torch.cat(carried), torch.cat(present)
+
+
+def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8):
+    """What the most used codes stand for: cells that carry each, and the words it predicts most strongly.
+
+    A tokenizer of pixels predicts no words: those below its cells are the ones that the captions of its clips
+    have oftener than others. A semantic one has these above the cells, so that the two can be compared.
+    """
+    tokenizer.eval()
+    cells = {}
+    counts, *clips = look_up_cells(tokenizer, loader, machine, cells)
+    beside = words_beside(*clips)
+    predicted = words_predicted(tokenizer) if tokenizer.config.tokenizer_target == "words" else None
+
+    def strongest(code, values, lifts):
+        words = lifts[code].topk(4).indices
+        return [(wordpiece.vocab[len(SPECIAL) + k], float(values[code, k])) for k in words]
+
     entries = []
     for code in counts.argsort(descending=True)[:min(tiles, int((counts > 0).sum()))].tolist():
-        words = [(wordpiece.vocab[len(SPECIAL) + k], float(scores[code, k]))
-                 for k in lifts[code].topk(4).indices]
-        label = f"code {code} · {counts[code] / counts.sum():.1%} of cells"
+        label, words = f"code {code} · {counts[code] / counts.sum():.1%} of cells", strongest(code, *beside)
+        if predicted:
+            label += " · in captions: " + ", ".join(f"{word} {times:.1f}x" for word, times in words)
+            words = strongest(code, *predicted)
         entries.append((label, np.stack(cells[code][:crops]), words))
-    pictures.codebook(entries, path, "What the most used codes stand for")
+    shown = "words predicted" if predicted else "words in its clips' captions, times as often as in all"
+    pictures.codebook(entries, path, f"What the most used codes stand for: {shown}")
 
 
 def main():

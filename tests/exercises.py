@@ -227,12 +227,12 @@ EXERCISES = [
             with torch.autocast(x.device.type, enabled=False):
                 ids = (x @ codebook.t()).argmax(-1)"""),
     Exercise(
-        "read-words", "SemanticTokenizer.read_words", "Eq. (5)", level=1, minutes=15,
+        "read-words", "SemanticTokenizer.read_words", "Eq. (5)", level=1, minutes=10,
         breaks="The code terms of Eq. (7) alone are least when all cells share one code: it is for the "
                "words that codes come to differ, and by the words that they have a meaning.",
-        hint="y^S = HEAD(mean over cells of D(C_q)). self.expand takes codes to D's width, self.decoder is "
-             "D, space_time_sines tells it time and place, self.head reads the words. The head has rows for "
-             "words that do not exist: of its outputs only the first words - len(SPECIAL) count.",
+        hint="y^S = HEAD(mean over cells of D(C_q)). self.decode is D with the time and place of the codes, "
+             "self.head reads the words. The head has rows for words that do not exist: of its outputs only "
+             "the first words - len(SPECIAL) count.",
         tests="""
             test_3_3_tokenizer.py::test_eq5_head_of_the_averaged_output
             test_3_3_tokenizer.py::test_eq5_tells_time_and_place

@@ -2,6 +2,7 @@
 
 `w` is a state dict in float64, `at` where in it the layer stands.
 """
+import itertools
 import math
 
 import torch
@@ -214,6 +215,56 @@ def clip_hugging_face(x, w, heads, positions, at="vision_model."):
         x = x + linear(inside, w, a + "mlp.fc2")
         layer += 1
     return x
+
+
+def swin_attention(x, w, at, heads, window, shifted):
+    """Liu et al., "Video Swin Transformer", 2022, without windows: all cells (B, T, H, W, C) at once; a pair
+    of them counts that shares a window of the padded, shifted grid and does not meet across its ends."""
+    sides, C = x.shape[1:4], x.shape[-1]
+    small = [min(n, m) for n, m in zip(sides, window)]
+    shift = [m // 2 if shifted and n > m else 0 for n, m in zip(sides, window)]
+    padded = [m * math.ceil(n / m) for n, m in zip(sides, small)]
+    y = torch.zeros(len(x), *padded, C, dtype=x.dtype)
+    y[:, :sides[0], :sides[1], :sides[2]] = x
+    groups, group, place = {}, [], []
+    for cell in itertools.product(*map(range, padded)):
+        moved = [(p - s) % n for p, s, n in zip(cell, shift, padded)]
+        meets = tuple((m // k, p < s) for m, k, p, s in zip(moved, small, cell, shift))
+        group.append(groups.setdefault(meets, len(groups)))
+        t, r, c = (m % k for m, k in zip(moved, small))
+        number = (t * small[1] + r) * small[2] + c      # in its window; in the release it means a whole one's
+        place.append([number // (window[1] * window[2]), number // window[2] % window[1], number % window[2]])
+    t, r, c = (torch.tensor(place)[:, None] - torch.tensor(place) + torch.tensor(window) - 1).unbind(-1)
+    bias = w[at + "relative_position_bias_table"][(t * (2 * window[1] - 1) + r) * (2 * window[2] - 1) + c]
+    bias[torch.tensor(group)[:, None] != torch.tensor(group)] = -math.inf
+    q, k, v = linear(y.flatten(1, 3), w, at + "qkv").chunk(3, -1)
+    out, c = torch.empty_like(q), C // heads
+    for b, h in itertools.product(range(len(x)), range(heads)):
+        part = slice(h * c, (h + 1) * c)
+        scores = q[b, :, part] @ k[b, :, part].T / math.sqrt(c) + bias[..., h]
+        out[b, :, part] = softmax(scores) @ v[b, :, part]
+    return linear(out, w, at + "proj").view_as(y)[:, :sides[0], :sides[1], :sides[2]]
+
+
+def video_swin(x, w, depths, heads, window):
+    """(B, T, 3, H, W) -> (B, T, H/32, W/32, C): a patch is of a frame and the next; none follows the last."""
+    kernel, rows = w["patch_embed.proj.weight"], []
+    for t in range(x.shape[1]):
+        after = x[:, t + 1] if t + 1 < x.shape[1] else torch.zeros_like(x[:, t])
+        row = F.conv2d(x[:, t], kernel[:, :, 0], stride=4) + F.conv2d(after, kernel[:, :, 1], stride=4)
+        rows.append(row.permute(0, 2, 3, 1) + w["patch_embed.proj.bias"])
+    x = norm(torch.stack(rows, 1), w, "patch_embed.norm", 1e-5)
+    for i, depth in enumerate(depths):
+        for j in range(depth):
+            at = f"layers.{i}.blocks.{j}."
+            x = x + swin_attention(norm(x, w, at + "norm1", 1e-5), w, at + "attn.", heads[i], window, j % 2)
+            inside = gelu(linear(norm(x, w, at + "norm2", 1e-5), w, at + "mlp.fc1"))
+            x = x + linear(inside, w, at + "mlp.fc2")
+        if i < len(depths) - 1:
+            at = f"layers.{i}.downsample."
+            four = [x[:, :, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+            x = norm(torch.cat(four, -1), w, at + "norm", 1e-5) @ w[at + "reduction.weight"].T
+    return norm(x, w, "norm", 1e-5)
 
 
 def bicubic(s, g):

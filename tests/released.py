@@ -102,6 +102,30 @@ def clip_hugging_face(width=768, layers=12):
     return shapes
 
 
+def video_swin_tiny(dim=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24)):
+    """Video Swin-T of Kinetics-400, with windows of 8x7x7, less the `backbone.` before its keys in a file."""
+    shapes = {}
+    layer(shapes, "patch_embed.proj", dim, 3, 2, 4, 4)
+    layer(shapes, "patch_embed.norm", dim)
+    for i, (depth, head) in enumerate(zip(depths, heads)):
+        width = dim << i
+        for j in range(depth):
+            at = f"layers.{i}.blocks.{j}."
+            layer(shapes, at + "norm1", width)
+            shapes[at + "attn.relative_position_bias_table"] = (15 * 13 * 13, head)
+            shapes[at + "attn.relative_position_index"] = (8 * 7 * 7, 8 * 7 * 7)
+            layer(shapes, at + "attn.qkv", 3 * width, width)
+            layer(shapes, at + "attn.proj", width, width)
+            layer(shapes, at + "norm2", width)
+            layer(shapes, at + "mlp.fc1", 4 * width, width)
+            layer(shapes, at + "mlp.fc2", width, 4 * width)
+        if i < 3:
+            layer(shapes, f"layers.{i}.downsample.reduction", 2 * width, 4 * width, bias=False)
+            layer(shapes, f"layers.{i}.downsample.norm", 4 * width)
+    layer(shapes, "norm", 8 * dim)
+    return shapes
+
+
 def write_safetensors(tensors, path):
     """A .safetensors file, as its description says."""
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}

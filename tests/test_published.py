@@ -14,7 +14,7 @@ import pretrain
 import toy_data
 import train_tokenizer
 from evilm import (SPECIAL, Config, EdgeNeXt, EViLM, InputError, SemanticTokenizer, ViT, WordPiece, folded,
-                   load_published, read_safetensors, run_script, save, set_up)
+                   VideoSwin, load_published, read_safetensors, run_script, save, set_up)
 
 PAPER = replace(Config.paper(), decoder_layers=1, codes=8)      # both encoders as published, little beside
 
@@ -177,6 +177,23 @@ def test_clip_computes_what_its_file_says(tmp_path, naming, size, layers, name):
                       else {"vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias"})
 
 
+def test_video_swin_tiny_computes_what_its_file_says(tmp_path):
+    w = released.random_weights(released.video_swin_tiny())
+    for key in w:
+        if key.endswith("index"):
+            w[key] = torch.arange(392).repeat(392, 1)
+    network, x = VideoSwin().eval(), torch.randn(1, 2, 3, 64, 64)
+    head = {"cls_head.fc_cls.bias": torch.ones(400)}
+    report = loaded(network, tmp_path / "swin.pth", {"state_dict": under("backbone.", w) | head})
+    with torch.no_grad():       # 16x16 and 8x8 cells are padded and shifted; 4x4, 2x2 and 2 frames are not
+        ours = network(x)
+        near(ours, plain.video_swin(x.double(), Doubles(w), (2, 2, 6, 2), (3, 6, 12, 24), (8, 7, 7)))
+    assert ours.shape == (1, 2, 2, 2, 768) and not report.left
+    assert "a Swin transformer, under state_dict.backbone.*: 171 of the network's 171 tensors" in str(report)
+    assert {key.split(".")[-1] for key in report.unused} == {"relative_position_index", "bias"}
+    assert "backbone.layers.0.blocks.{0,1}.attn.relative_position_index" in str(report)
+
+
 # ------------------------------------------------------------------------------- what is filled, left, unused
 
 
@@ -267,7 +284,8 @@ def test_a_file_of_something_else_says_what_it_looks_like(tiny, tmp_path, looks)
     tensors = {OTHERS[looks]: torch.zeros(3, 3), "norm.bias": torch.zeros(3)}
     path = written(tmp_path / "file.pt", {"model": tensors})
     for wanted, part in (("an EdgeNeXt", EdgeNeXt((1, 1, 1, 1), (8, 8, 8, 8), heads=2)),
-                         ("a BERT", EViLM(tiny)), ("a CLIP vision model", ViT(64, 32, 24, 1, 3))):
+                         ("a BERT", EViLM(tiny)), ("a CLIP vision model", ViT(64, 32, 24, 1, 3)),
+                         ("a Swin transformer", VideoSwin(8, (1, 1, 1, 1), (1, 1, 1, 1), (2, 2, 2)))):
         if looks != wanted:
             line = refused(part, path)
             assert f"looks like {looks}, where {wanted} is wanted" in line
@@ -403,13 +421,15 @@ def home(tmp_path_factory, edgenext, bert):
     written(folder / "edgenext.pth", {"state_dict": edgenext})
     written(folder / "bert.safetensors", bert)
     written(folder / "clip.pt", released.random_weights(released.clip_openai(layers=1)))
+    swin = released.random_weights(released.video_swin_tiny(depths=(1, 1, 1, 1)))
+    written(folder / "swin.pth", {"state_dict": under("backbone.", swin)})
     return folder
 
 
 # The paper preset with what is not published made small; at a learning rate of 0 weights stay as they start.
 PAPER_FLAGS = ("--preset paper --lr 0 --config size=64 --config frames=2 --config width=24 "
                "--config decoder_layers=1 --config codes=8 --config vit_layers=1 "
-               "--config tokenizer_width=24 --config tokenizer_layers=1")
+               "--config tokenizer_width=24 --config tokenizer_layers=1 --config swin_depths=1,1,1,1")
 TEXT_FLAGS = "--tokenizer none --objectives mlm --init-text bert.safetensors --vocab vocab.txt"
 
 
@@ -462,6 +482,15 @@ def test_the_tokenizer_starts_from_published_weights(home, monkeypatch, capsys):
     assert "interpolated from 7x7 to 2x2" in said and "visual.ln_post.weight" in said
 
 
+def test_the_videoswin_tokenizer_starts_from_published_weights(home, monkeypatch, capsys):
+    run(train_tokenizer, f"{PAPER_FLAGS} --encoder videoswin --out swin --init-tokenizer swin.pth", home,
+        monkeypatch)
+    w, swin = (torch.load(home / name, weights_only=True) for name in ("swin/last.pt", "swin.pth"))
+    for name in ("patch_embed.proj.weight", "layers.3.blocks.0.attn.relative_position_bias_table"):
+        assert torch.equal(w["model"]["encoder." + name], swin["state_dict"]["backbone." + name])
+    assert "left at their start: none" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("script, flags, named", [
     (pretrain, "--init-video edgenext.pth", "edgenext.pth: state_dict.downsample_layers.0.0.weight"),
     (pretrain, "--init-text bert.safetensors --vocab vocab.txt", "bert.embeddings.word_embeddings.weight"),
@@ -469,6 +498,11 @@ def test_the_tokenizer_starts_from_published_weights(home, monkeypatch, capsys):
     (pretrain, "--init-video clip.pt", "looks like a CLIP vision model, where an EdgeNeXt is wanted"),
     (pretrain, "--init-video nowhere.pt", "nowhere.pt"),
     (train_tokenizer, "--init-tokenizer clip.pt", "ViT-B/32 fits --preset paper"),
+    (train_tokenizer, "--init-tokenizer swin.pth --encoder videoswin", "Video Swin-T fits --preset paper"),
+    (train_tokenizer, "--init-tokenizer swin.pth",
+     "looks like a Swin transformer, where a CLIP vision model is wanted"),
+    (train_tokenizer, "--init-tokenizer clip.pt --encoder videoswin",
+     "looks like a CLIP vision model, where a Swin transformer is wanted"),
 ])
 def test_wrong_published_weights_end_in_one_line_before_any_training(home, monkeypatch, capsys, script, flags,
                                                                      named):
