@@ -83,6 +83,18 @@ def test_videoswin_gets_frames_in_the_scale_it_was_trained_in(make, frames):
         near(tokenizer.embed(frames), tokenizer.proj(tokenizer.encoder(normalise(frames, *IMAGENET))))
 
 
+def test_videoswins_norms_can_start_centred_on_real_frames(tiny, frames):
+    tokenizer = SemanticTokenizer(replace(tiny, tokenizer_encoder="videoswin", swin_dim=4))
+    before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+    tokenizer.start(frames)
+    for name, value in tokenizer.state_dict().items():
+        assert torch.equal(value, before[name]) != (name.startswith("encoder.") and "norm" in name)
+    with torch.no_grad():
+        cells = tokenizer.encoder(normalise(frames, *IMAGENET)).flatten(0, 3)
+    near(cells.mean(0), torch.zeros(32), atol=1e-4)
+    near(cells.std(0), torch.ones(32), atol=0.05)
+
+
 # --------------------------------------------------------------------------------------- Pixels as the target
 
 
