@@ -318,7 +318,7 @@ def finish(tokenizer, run, splits, collate, args, machine):
     of_words = c.tokenizer_target == "words"
     panels = [("words found, val", {"recall": series[beside_name]}, {}, True) if of_words else
               ("squared error of pixels, val", {"error": series[loss_name]},
-               {"mean colour": scores[beside_name]}, False),
+               {"mean colour": series[beside_name][-1][1]}, False),
               ("codes in use, val", {"usage": series["codebook_usage"]}, {}, True),
               ("losses, val", {c.tokenizer_target: series[loss_name], "codes": series["code_loss"]}, {},
                False)]

@@ -10,7 +10,7 @@ import pretrain
 import toy_data
 import train_tokenizer
 from evilm import (IMAGENET, Config, EViLM, InputError, SemanticTokenizer, VideoSwin, changed, config_of,
-                   normalise, run_script, set_up)
+                   normalise, run_script, set_up, trace)
 from train_tokenizer import beside_the_loss, reconstruction_loss, words_beside
 
 KINDS = [("words", "vit"), ("words", "videoswin"), ("pixels", "vit"), ("pixels", "videoswin")]
@@ -93,6 +93,13 @@ def test_videoswins_norms_can_start_centred_on_real_frames(tiny, frames):
         cells = tokenizer.encoder(normalise(frames, *IMAGENET)).flatten(0, 3)
     near(cells.mean(0), torch.zeros(32), atol=1e-4)
     near(cells.std(0), torch.ones(32), atol=0.05)
+
+
+def test_the_trace_shows_videoswins_parts(tiny, capsys):
+    trace(replace(tiny, tokenizer_encoder="videoswin"))
+    said = capsys.readouterr().out
+    for name in ("patch_embed.proj", "layers.0.blocks.0 SwinBlock", "layers.2.downsample PatchMerging"):
+        assert f"4.3 VideoSwin encoder.{name}" in said
 
 
 # --------------------------------------------------------------------------------------- Pixels as the target
