@@ -918,6 +918,11 @@ class SemanticTokenizer(nn.Module):
         if not of_words:
             nn.init.normal_(self.head.weight, std=0.02)
 
+    def start(self, frames):
+        """Sets VideoSwin's norms for weights that start from nothing, or its codes would long tell little but
+        the background: frames (B, T, 3, H, W). The ViT learns without."""
+        start_centred(self.encoder, normalise(frames, *IMAGENET))
+
     def embed(self, frames):
         """E(X): (B, T, 3, H, W) in [0, 1] -> (B, T, g, g, code_dim)."""
         if self.sees_neighbours:

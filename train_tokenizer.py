@@ -251,8 +251,12 @@ def train(args, machine):
     clips = clips_of(splits["train"], config, args, train=True, mismatched=False)
     torch.manual_seed(args.seed)
     tokenizer = SemanticTokenizer(config).to(machine.device)
+    collate = TokenizerBatch(wordpiece, config)
     if args.init_tokenizer and not args.resume:
         machine.say(load_published(tokenizer.encoder, args.init_tokenizer))
+    elif tokenizer.sees_neighbours and not args.resume:
+        first = evaluation_loader(splits["train"], collate, config, args, machine.alone(), 32, 32)
+        tokenizer.start(scale(next(iter(first))["frames"].to(machine.device)))
     optimizer = make_optimizer(tokenizer, args.lr, config.weight_decay, machine.device)
     run = Run(args, "tokenizer", config, wordpiece.vocab, ("loss", "revive_after", "init_tokenizer"), machine)
     run.start(tokenizer, optimizer, args.resume)
@@ -260,7 +264,6 @@ def train(args, machine):
     batches = batches_left(clips, run, args, machine)
     look = between_evaluations(run.steps)
     warm, last_revival = round(config.tokenizer_warm * run.steps), 0.8 * run.steps
-    collate = TokenizerBatch(wordpiece, config)
     held_out = evaluation_loader(splits["val"], collate, config, args, machine)
     model = machine.wrap(tokenizer, args.compile)
     used = run.state.get("used", torch.zeros(config.codes)).to(machine.device)
@@ -294,7 +297,7 @@ def train(args, machine):
             scores = evaluate(tokenizer, held_out, args, machine)
             run.log(split="val", **scores, **gradients_at_encoder(tokenizer, batch, args))
             run.save_best(-math.inf if run.step < warm else -scores[loss_name])
-            machine.say(f"{said(config, scores)}, codes in use {scores['codebook_usage']:.1%}")
+            machine.say(f"{report(config, scores)}, codes in use {scores['codebook_usage']:.1%}")
             run.save_last()
     run.say_speed()
     if machine.main:
@@ -321,21 +324,21 @@ def finish(tokenizer, run, splits, collate, args, machine):
     of_words = c.tokenizer_target == "words"
     panels = [("words found, val", {"recall": series[beside_name]}, {}, True) if of_words else
               ("squared error of pixels, val", {"error": series[loss_name]},
-               {"mean colour": scores[beside_name]}, False),
+               {"mean colour": series[beside_name][-1][1]}, False),
               ("codes in use, val", {"usage": series["codebook_usage"]}, {}, True),
               ("losses, val", {c.tokenizer_target: series[loss_name], "codes": series["code_loss"]}, {},
                False)]
     pictures.curves(panels, run.folder / "curves.png",
                     "Semantic tokenizer (3.3)" if of_words else "Tokenizer of pixels (4.3)")
     draw_codebook(tokenizer, loader, collate.wordpiece, run.folder / "codebook.png", alone)
-    print(f"test: {said(c, scores)}; {scores['codebook_usage']:.1%} of {c.codes:,} codes in use, "
+    print(f"test: {report(c, scores)}; {scores['codebook_usage']:.1%} of {c.codes:,} codes in use, "
           f"perplexity {scores['codebook_perplexity']:.1f}\n"
           f"look at {run.folder}/codebook.png, {run.folder}/curves.png\n"
           f"next: python pretrain.py --tokenizer {run.folder}")
 
 
-def said(config, scores):
-    """The target's scores in words."""
+def report(config, scores):
+    """What was read from the codes, said in a line."""
     if config.tokenizer_target == "pixels":
         return (f"squared error of pixels {scores['pixel_loss']:.4f} (a clip's mean colour: "
                 f"{scores['pixel_mean_colour']:.4f})")
@@ -355,19 +358,17 @@ def words_predicted(tokenizer):
 
 
 def words_beside(carried, present):
-    """The words in the captions of the clips that carry each code. carried (B, M), present (B, K) -> by how
-    many times a word is there oftener than in all captions (M, K), and by how much."""
+    """The words in the captions of the clips that carry each code. carried (B, M), present (B, K) -> how many
+    times as often as in all captions a word is there (M, K), and its share there less its share in all."""
     among, overall = carried.t() @ present / carried.sum(0).clamp(min=1)[:, None], present.mean(0)
     return among / overall.clamp(min=1 / len(present)), among - overall
 
 
 @torch.no_grad()
-def look_up_cells(tokenizer, loader, machine, cells):
-    """Each code's cells, two a batch (of many clips), are added to `cells`, {code: [uint8 (32, 32, 3)]}.
-
-    -> how many cells each code has (M,); the codes of each clip (B, M) and the words of its caption (B, K).
-    """
-    c = tokenizer.config
+def look_up_cells(tokenizer, loader, machine):
+    """-> some cells of each code, {code: [uint8 (32, 32, 3)]}, two a batch, to be of many clips; how many
+    cells each code has (M,); the codes of each clip (B, M), and the words of its caption (B, K)."""
+    c, cells = tokenizer.config, {}
     counts, carried, present = torch.zeros(c.codes), [], []
     for batch, _ in prefetch(loader, machine.device):
         ids = tokenizer.tokenize(scale(batch["frames"])).cpu()
@@ -378,7 +379,7 @@ def look_up_cells(tokenizer, loader, machine, cells):
         patches = patches.permute(0, 1, 3, 4, 5, 6, 2).flatten(0, 3)
         for code in ids.unique().tolist():
             cells.setdefault(code, []).extend(patches[ids.flatten() == code][:2].numpy())
-    return counts, torch.cat(carried), torch.cat(present)
+    return cells, counts, torch.cat(carried), torch.cat(present)
 
 
 def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8):
@@ -388,9 +389,8 @@ def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8
     have oftener than others. A semantic one has these above the cells, so that the two can be compared.
     """
     tokenizer.eval()
-    cells = {}
-    counts, *clips = look_up_cells(tokenizer, loader, machine, cells)
-    beside = words_beside(*clips)
+    cells, counts, carried, present = look_up_cells(tokenizer, loader, machine)
+    beside = words_beside(carried, present)
     predicted = words_predicted(tokenizer) if tokenizer.config.tokenizer_target == "words" else None
 
     def strongest(code, values, lifts):
@@ -404,7 +404,7 @@ def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8
             label += " · in captions: " + ", ".join(f"{word} {times:.1f}x" for word, times in words)
             words = strongest(code, *predicted)
         entries.append((label, np.stack(cells[code][:crops]), words))
-    shown = "words predicted" if predicted else "words in its clips' captions, times as often as in all"
+    shown = "words predicted" if predicted else "words of their clips' captions, times as often as in all"
     pictures.codebook(entries, path, f"What the most used codes stand for: {shown}")
 
 

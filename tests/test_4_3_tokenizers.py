@@ -10,7 +10,7 @@ import pretrain
 import toy_data
 import train_tokenizer
 from evilm import (IMAGENET, Config, EViLM, InputError, SemanticTokenizer, VideoSwin, changed, config_of,
-                   normalise, run_script, set_up)
+                   normalise, run_script, set_up, trace)
 from train_tokenizer import beside_the_loss, reconstruction_loss, words_beside
 
 KINDS = [("words", "vit"), ("words", "videoswin"), ("pixels", "vit"), ("pixels", "videoswin")]
@@ -81,6 +81,25 @@ def test_videoswin_gets_frames_in_the_scale_it_was_trained_in(make, frames):
     tokenizer = make("words", "videoswin")
     with torch.no_grad():
         near(tokenizer.embed(frames), tokenizer.proj(tokenizer.encoder(normalise(frames, *IMAGENET))))
+
+
+def test_videoswins_norms_can_start_centred_on_real_frames(tiny, frames):
+    tokenizer = SemanticTokenizer(replace(tiny, tokenizer_encoder="videoswin", swin_dim=4))
+    before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+    tokenizer.start(frames)
+    for name, value in tokenizer.state_dict().items():
+        assert torch.equal(value, before[name]) != (name.startswith("encoder.") and "norm" in name)
+    with torch.no_grad():
+        cells = tokenizer.encoder(normalise(frames, *IMAGENET)).flatten(0, 3)
+    near(cells.mean(0), torch.zeros(32), atol=1e-4)
+    near(cells.std(0), torch.ones(32), atol=0.05)
+
+
+def test_the_trace_shows_videoswins_parts(tiny, capsys):
+    trace(replace(tiny, tokenizer_encoder="videoswin"))
+    said = capsys.readouterr().out
+    for name in ("patch_embed.proj", "layers.0.blocks.0 SwinBlock", "layers.2.downsample PatchMerging"):
+        assert f"4.3 VideoSwin encoder.{name}" in said
 
 
 # --------------------------------------------------------------------------------------- Pixels as the target

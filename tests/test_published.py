@@ -486,7 +486,8 @@ def test_the_videoswin_tokenizer_starts_from_published_weights(home, monkeypatch
     run(train_tokenizer, f"{PAPER_FLAGS} --encoder videoswin --out swin --init-tokenizer swin.pth", home,
         monkeypatch)
     w, swin = (torch.load(home / name, weights_only=True) for name in ("swin/last.pt", "swin.pth"))
-    for name in ("patch_embed.proj.weight", "layers.3.blocks.0.attn.relative_position_bias_table"):
+    table = "layers.3.blocks.0.attn.relative_position_bias_table"
+    for name in ("patch_embed.proj.weight", table, "norm.bias"):
         assert torch.equal(w["model"]["encoder." + name], swin["state_dict"]["backbone." + name])
     assert "left at their start: none" in capsys.readouterr().out
 
