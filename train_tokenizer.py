@@ -176,14 +176,15 @@ def reconstruction_loss(args, config, read, batch):
 
 
 def beside_the_loss(config, read, batch):
-    """(part, whole) of what is logged beside the loss. Of words, their recall: of a caption's k words, how
-    many are among the k that score highest; of pixels, the error of a clip's mean colour, to compare with."""
+    """Parts and wholes of what is logged beside the loss. Of words, their recall, (2, K): of a caption's k
+    words, those among the k that score highest; of pixels, (2, 1), the error of a clip's mean colour."""
     if config.tokenizer_target == "pixels":
-        frames = scale(batch["frames"])
-        return ((frames - frames.mean((1, 3, 4), keepdim=True)) ** 2).sum(), frames.numel()
+        errors = (scale(batch["frames"]) - scale(batch["frames"]).mean((1, 3, 4), keepdim=True)) ** 2
+        return torch.tensor([[errors.sum()], [errors.numel()]], dtype=torch.float64)
     targets = words_present(batch["ids"], batch["mask"], config.words)
     ranks = read.float().argsort(1, descending=True).argsort(1)
-    return ((ranks < targets.sum(1, keepdim=True)) & (targets > 0)).sum(), targets.sum()
+    found = (ranks < targets.sum(1, keepdim=True)) * targets
+    return torch.stack([found.sum(0), targets.sum(0)]).double().cpu()
 
 
 def names_of(config):
@@ -197,19 +198,22 @@ def evaluate(tokenizer, loader, args, machine):
     """On held-out clips: the loss, what stands beside it, and how much of the codebook is in use."""
     tokenizer.eval()
     c = tokenizer.config
-    counts, sums = torch.zeros(c.codes), torch.zeros(5, dtype=torch.float64)
+    counts, sums, beside = torch.zeros(c.codes), torch.zeros(3, dtype=torch.float64), 0.0
     for batch, _ in prefetch(loader, machine.device):
         with machine.autocast():
             read, ids, code_loss = tokenizer(scale(batch["frames"]))
         n, loss = len(ids), reconstruction_loss(args, c, read, batch)
-        sums += torch.tensor([n * float(loss), n * float(code_loss), n,
-                              *map(float, beside_the_loss(c, read, batch))], dtype=torch.float64)
+        sums += torch.tensor([n * float(loss), n * float(code_loss), n], dtype=torch.float64)
+        beside = beside + beside_the_loss(c, read, batch)
         counts += torch.bincount(ids.flatten().cpu(), minlength=c.codes)
-    sums = machine.total(sums)
+    sums, (part, whole) = machine.total(sums), machine.total(beside)
     tokenizer.train()
     loss_name, beside_name, _ = names_of(c)
-    return {loss_name: float(sums[0] / sums[2]), "code_loss": float(sums[1] / sums[2]),
-            beside_name: float(sums[3] / sums[4]), **usage(machine.total(counts))}
+    scores = {loss_name: float(sums[0] / sums[2]), "code_loss": float(sums[1] / sums[2]),
+              beside_name: float(part.sum() / whole.sum()), **usage(machine.total(counts))}
+    if c.tokenizer_target == "words":       # each word counts the same, the rare ones as the common
+        scores["word_recall_macro"] = float((part / whole)[whole > 0].mean())
+    return scores
 
 
 def usage(counts):
@@ -330,10 +334,11 @@ def finish(tokenizer, run, splits, collate, args, machine):
                False)]
     pictures.curves(panels, run.folder / "curves.png",
                     "Semantic tokenizer (3.3)" if of_words else "Tokenizer of pixels (4.3)")
-    draw_codebook(tokenizer, loader, collate.wordpiece, run.folder / "codebook.png", alone)
+    draw_codebook(tokenizer, loader, collate.wordpiece, run.folder, alone)
+    drawn = ", ".join(f"{run.folder}/{path.name}" for path in sorted(run.folder.glob("*.png")))
     print(f"test: {report(c, scores)}; {scores['codebook_usage']:.1%} of {c.codes:,} codes in use, "
           f"perplexity {scores['codebook_perplexity']:.1f}\n"
-          f"look at {run.folder}/codebook.png, {run.folder}/curves.png\n"
+          f"look at {drawn}\n"
           f"next: python pretrain.py --tokenizer {run.folder}")
 
 
@@ -343,7 +348,7 @@ def report(config, scores):
         return (f"squared error of pixels {scores['pixel_loss']:.4f} (a clip's mean colour: "
                 f"{scores['pixel_mean_colour']:.4f})")
     return (f"word loss {scores['word_loss']:.4f}, {scores['word_recall']:.1%} of a caption's words are "
-            "among as many that score highest")
+            f"among as many that score highest; averaged over words {scores['word_recall_macro']:.1%}")
 
 
 @torch.no_grad()
@@ -382,8 +387,9 @@ def look_up_cells(tokenizer, loader, machine):
     return cells, counts, torch.cat(carried), torch.cat(present)
 
 
-def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8):
-    """What the most used codes stand for: cells that carry each, and the words it predicts most strongly.
+def draw_codebook(tokenizer, loader, wordpiece, folder, machine, tiles=24, crops=8):
+    """codebook.png: cells that carry each of the most used codes, and the words it predicts most strongly;
+    circle.png, where codes are two numbers: all codes in use, where they lie.
 
     A tokenizer of pixels predicts no words: those below its cells are the ones that the captions of its clips
     have oftener than others. A semantic one has these above the cells, so that the two can be compared.
@@ -392,20 +398,25 @@ def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8
     cells, counts, carried, present = look_up_cells(tokenizer, loader, machine)
     beside = words_beside(carried, present)
     predicted = words_predicted(tokenizer) if tokenizer.config.tokenizer_target == "words" else None
+    used = counts.argsort(descending=True)[:int((counts > 0).sum())].tolist()
 
     def strongest(code, values, lifts):
         words = lifts[code].topk(4).indices
         return [(wordpiece.vocab[len(SPECIAL) + k], float(values[code, k])) for k in words]
 
     entries = []
-    for code in counts.argsort(descending=True)[:min(tiles, int((counts > 0).sum()))].tolist():
+    for code in used[:tiles]:
         label, words = f"code {code} · {counts[code] / counts.sum():.1%} of cells", strongest(code, *beside)
         if predicted:
             label += " · in captions: " + ", ".join(f"{word} {times:.1f}x" for word, times in words)
             words = strongest(code, *predicted)
         entries.append((label, np.stack(cells[code][:crops]), words))
     shown = "words predicted" if predicted else "words of their clips' captions, times as often as in all"
-    pictures.codebook(entries, path, f"What the most used codes stand for: {shown}")
+    pictures.codebook(entries, folder / "codebook.png", f"What the most used codes stand for: {shown}")
+    if tokenizer.config.code_dim == 2:
+        points = tokenizer.quantizer.codebook.detach().cpu().numpy()
+        pictures.circle([(points[code], cells[code][0], strongest(code, *(predicted or beside))[0][0])
+                         for code in used], folder / "circle.png", "Codes of two numbers, where they lie")
 
 
 def main():

@@ -167,9 +167,9 @@ def tables(runs):
         row: [NOTHING if flags is None else (partial(runs.tokenizer, flags=flags), "codebook_usage"),
               *[(partial(runs.with_tokenizer, flags, task), "top1") for task in ("probe", "qa")]]
         for row, flags in TOKENIZERS.items()}
-    yield "losses", ["word_recall", "rare_recall", "codebook_usage"], {
+    yield "losses", ["word_recall", "word_recall_macro", "codebook_usage"], {
         row: [(partial(runs.tokenizer, flags=flags), score)
-              for score in ("word_recall", "rare_recall", "codebook_usage")]
+              for score in ("word_recall", "word_recall_macro", "codebook_usage")]
         for row, flags in (("focal", ""), ("BCE", "--loss bce"))}
     for name, (scores, rows) in EXPERIMENTS.items():
         yield name, list(scores), {

@@ -132,6 +132,20 @@ def test_the_pixels_loss_is_their_mean_squared_error(tiny, frames):
     assert float(part / whole) == pytest.approx(float(((mean - pixels) ** 2).mean()), rel=1e-5)
 
 
+def test_of_words_it_is_counted_which_are_found_among_as_many_as_there_are(tiny):
+    config = replace(tiny, words=9)                                     # four words: ids 5 to 8
+    ids = torch.tensor([[5, 6, 0], [5, 0, 0]])
+    read = torch.tensor([[3.0, 1.0, 2.0, 0.0],                          # of two, the first is found
+                         [2.0, 0.0, 1.0, 0.0]])                         # of one, it is
+    found, there = beside_the_loss(config, read, {"ids": ids, "mask": ids > 0})
+    assert found.tolist() == [2, 0, 0, 0] and there.tolist() == [2, 1, 0, 0]
+
+
+def test_codes_of_two_numbers_are_drawn_on_their_circle(home, monkeypatch):
+    run(train_tokenizer, "--config code_dim=2 --out two", home, monkeypatch)
+    assert (home / "two/circle.png").exists()
+
+
 def test_a_tokenizer_learns_to_draw_a_few_clips(tiny):
     config = replace(tiny, tokenizer_target="pixels")
     tokenizer = SemanticTokenizer(config)
