@@ -44,10 +44,10 @@ def near(ours, plainly, atol=1e-9):
 def test_videoswin_is_the_releases_with_a_stride_of_1_in_time(randomise, T, window):
     depths, heads = (2, 2, 1, 1), (1, 2, 2, 4)
     swin = randomise(VideoSwin(8, depths, heads, window).double())
-    x = torch.randn(2, T, 3, 64, 64, dtype=torch.float64)
+    x = torch.randn(2, T, 3, 32, 64, dtype=torch.float64)
     with torch.no_grad():
         ours = swin(x)
-    assert ours.shape == (2, T, 2, 2, 64)
+    assert ours.shape == (2, T, 1, 2, 64)
     near(ours, plain.video_swin(x, plain.weights(swin), depths, heads, window))
 
 
@@ -192,7 +192,7 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("target, encoder", KINDS[1:])
+@pytest.mark.parametrize("target, encoder", KINDS[1:3])         # the first is test_scripts.py's
 def test_each_kind_trains_resumes_and_labels_pretraining(home, monkeypatch, capsys, target, encoder):
     kind = f"--target {target} --encoder {encoder} --warm 0.5"
     whole, parts = f"{target}-{encoder}", f"{target}-{encoder}-parts"
