@@ -280,17 +280,9 @@ def train(args, machine):
         if run.step == warm:
             tokenizer.quantizer.start(embedded(tokenizer, batch), run.generator())
             machine.shared(tokenizer.quantizer.codebook.data)
-        losses = torch.zeros(2, device=machine.device)
-        for part, sync in machine.parts(model, batch, args.accumulate):
-            with sync, machine.autocast():
-                read, ids, code_loss = model(scale(part["frames"]), quantize=run.step >= warm)
-                share = len(ids) / batches.batch_size * machine.world   # of this part in the batch's mean
-                target_term = share * reconstruction_loss(args, config, read, part)
-                loss = config.target_weight * target_term + share * code_loss               # Eq. (7)
-            loss.backward()
-            losses += torch.stack([target_term.detach(), share * code_loss.detach()])
-            used += torch.bincount(ids.flatten(), minlength=config.codes)
+        losses, chosen = learn(model, batch, run.step >= warm, batches.batch_size, config, args, machine)
         run.optimise(losses)
+        used += chosen
         if args.revive_after and run.step % args.revive_after == 0 and warm < run.step < last_revival:
             used = machine.total(used)
             tokenizer.quantizer.revive(used > 0, embedded(tokenizer, batch), run.generator())
@@ -306,6 +298,22 @@ def train(args, machine):
     run.say_speed()
     if machine.main:
         finish(tokenizer, run, splits, collate, args, machine)
+
+
+def learn(model, batch, quantize, batch_size, config, args, machine):
+    """The gradients of Eq. (7) on a batch, in parts (--accumulate) -> this process's shares of its first term
+    and of the code terms (2,), and how many cells chose each code (M,)."""
+    losses, chosen = torch.zeros(2, device=machine.device), torch.zeros(config.codes, device=machine.device)
+    for part, sync in machine.parts(model, batch, args.accumulate):
+        with sync, machine.autocast():
+            read, ids, code_loss = model(scale(part["frames"]), quantize=quantize)
+            share = len(ids) / batch_size * machine.world               # of this part in the batch's mean
+            target_term = share * reconstruction_loss(args, config, read, part)
+            loss = config.target_weight * target_term + share * code_loss                   # Eq. (7)
+        loss.backward()
+        losses += torch.stack([target_term.detach(), share * code_loss.detach()])
+        chosen += torch.bincount(ids.flatten(), minlength=config.codes)
+    return losses, chosen
 
 
 def embedded(tokenizer, batch):
