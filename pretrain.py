@@ -185,11 +185,13 @@ class Labels:
 
 
 class WholeClips(Dataset):
-    """All source frames of each video of a manifest, once: (F, 3, size, size) uint8; none if it is broken."""
+    """All source frames of each video of `ClipCaptions`, once: (F, 3, size, size) uint8; none if it is
+    broken. What is decoded and kept in memory here, training has from there."""
 
-    def __init__(self, manifest, size):
-        self.manifest, self.size = manifest, size
-        _, self.first_rows, self.numbers = np.unique(manifest.videos, return_index=True, return_inverse=True)
+    def __init__(self, clips):
+        self.clips, self.manifest = clips, clips.manifest
+        _, self.first_rows, self.numbers = np.unique(self.manifest.videos, return_index=True,
+                                                     return_inverse=True)
 
     def __len__(self):
         return len(self.first_rows)
@@ -199,9 +201,9 @@ class WholeClips(Dataset):
 
     def __getitem__(self, i):
         try:
-            return torch.from_numpy(read_clip(self.path(i), size=self.size)[0]).permute(0, 3, 1, 2)
+            return torch.from_numpy(self.clips.whole(self.path(i))).permute(0, 3, 1, 2)
         except BrokenClip:
-            return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+            return torch.empty(0, 3, self.clips.size, self.clips.size, dtype=torch.uint8)
 
 
 def digest_of(model):
@@ -212,13 +214,13 @@ def digest_of(model):
     return digest
 
 
-def keep_codes(tokenizer, folder, manifest, args, machine):
+def keep_codes(tokenizer, folder, samples, args, machine):
     """The codes of every source frame of every clip, computed once -> (starts, codes) of Labels.
 
     They are saved beside the tokenizer under a name that follows from its weights and the clips, and found
     again.
     """
-    clips = WholeClips(manifest, tokenizer.config.size)
+    clips = WholeClips(samples)
     identity = digest_of(tokenizer)
     for path in (clips.path(i) for i in range(len(clips))):
         identity.update(f"{path} {path.stat().st_size if path.exists() else 0}".encode())
@@ -478,9 +480,9 @@ def train(args, machine):
     tokenizer, folder = open_tokenizer(args, config, wordpiece, machine)
     if tokenizer is not None:
         config = replace(config, codes=tokenizer.config.codes)
-    online = Labels(tokenizer, machine)
-    labels = label_source(online, folder, splits["train"], config, args, machine)
     clips = clips_of(splits["train"], config, args, train=True, mismatched=True)
+    online = Labels(tokenizer, machine)
+    labels = label_source(online, folder, clips, config, args, machine)
     torch.manual_seed(args.seed)
     model = EViLM(config).to(machine.device)
     for report in [] if args.resume else fill_encoders(model, wordpiece, args):
@@ -573,7 +575,7 @@ def start_from_nothing(model, manifest, args, machine, clips=64):
             model.start(scale(frames.to(machine.device)))
 
 
-def label_source(online, folder, manifest, config, args, machine):
+def label_source(online, folder, clips, config, args, machine):
     """Labels kept or online, as --codes says. Kept ones need frames that are not augmented and a tokenizer
     that sees one frame at a time; being of all of a clip's frames, they pay from the third pass on."""
     if online.tokenizer is None:
@@ -582,7 +584,7 @@ def label_source(online, folder, manifest, config, args, machine):
                 if config.augment else
                 "VideoSwin sees a frame's neighbours, so codes change with the frames that are sampled"
                 if online.tokenizer.sees_neighbours else "")
-    passes = min(args.epochs, (args.max_steps or math.inf) * args.batch_size / len(manifest))
+    passes = min(args.epochs, (args.max_steps or math.inf) * args.batch_size / len(clips))
     if args.codes == "kept" and changing:
         raise InputError(f"--codes kept: {changing}; use --codes online")
     if args.codes == "online" or changing or args.codes == "auto" and passes < 3:
@@ -590,7 +592,7 @@ def label_source(online, folder, manifest, config, args, machine):
                     + f" ({changing})" * bool(changing))
         return online
     machine.say("MVM's labels: kept, computed once for every source frame")
-    return Labels(online.tokenizer, machine, *keep_codes(online.tokenizer, folder, manifest, args, machine))
+    return Labels(online.tokenizer, machine, *keep_codes(online.tokenizer, folder, clips, args, machine))
 
 
 def finish(model, run, splits, labels, collate, args, machine):

@@ -593,6 +593,10 @@ class ClipCaptions(torch.utils.data.Dataset):
         numbers = spans(len(self.kept[path]), self.frames, sparsely)
         return self.kept[path][numbers], numbers
 
+    def whole(self, path):
+        """All frames of a clip, (F, size, size, 3), from memory where it is kept. Raises BrokenClip."""
+        return self.kept[path] if path in self.kept or self.keep(path) else read_clip(path, size=self.size)[0]
+
     def keep(self, path):
         """Decodes all of a small clip and keeps it, as long as there is room."""
         if self.room is None:
