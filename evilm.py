@@ -446,11 +446,10 @@ def space_time_sines(T, g, width, device=None):
     """Fixed sines that tell a cell its frame, row and column: (T*g*g, width), in the cells' order.
 
     The paper names no positions for e^V and Table 8 has no parameters for them; without any, a clip that
-    moves left and one that moves right would be the same set of cells to the decoder. The waves are 2 to 64
-    cells long: longer ones, as the Transformer has for sentences, hardly tell neighbours apart.
+    moves left and one that moves right would be the same set of cells to the decoder.
     """
     waves = width // 6                                                  # sine and cosine for each of t, y, x
-    frequency = math.pi * 32.0 ** (-torch.arange(1, waves + 1, device=device) / waves)
+    frequency = 100.0 ** (-torch.arange(waves, device=device) / waves)  # positions stay below 100
     axes = torch.meshgrid(*(torch.arange(n, device=device) for n in (T, g, g)), indexing="ij")
     angles = [axis.reshape(-1, 1) * frequency for axis in axes]         # three of (N, waves)
     sines = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)

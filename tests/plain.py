@@ -74,13 +74,13 @@ def clip(x, w, layers, heads, at=""):
 
 
 def sines(T, g, width):
-    """(T*g*g, width): sine and cosine of frame, then of row, then of column, in width // 6 waves."""
+    """(T*g*g, width): sine and cosine of frame, then of row, then of column, at width // 6 frequencies."""
     waves, rows = width // 6, []
     for t in range(T):
         for y in range(g):
             for x in range(g):
-                row = [f(math.pi * n / 32 ** (i / waves))
-                       for n in (t, y, x) for f in (math.sin, math.cos) for i in range(1, waves + 1)]
+                row = [f(n / 100 ** (i / waves))
+                       for n in (t, y, x) for f in (math.sin, math.cos) for i in range(waves)]
                 rows.append(row + [0.0] * (width - len(row)))
     return torch.tensor(rows, dtype=torch.float64)
 
