@@ -5,6 +5,7 @@ the paper's.
 
     paper                                   here
     3.1   video encoder (EdgeNeXt)          EdgeNeXt, ConvEncoder, SDTAEncoder, CrossCovarianceAttention
+          ... its start, from pictures      PictureTags, train_encoder.py
     3.1   language encoder (tiny BERT)      WordPiece, TextEmbedding, Transformer
     3.1   multi-modal decoder               Transformer
     (1)   e^V, e^L                          EViLM.encode_video, EViLM.encode_text
@@ -78,6 +79,10 @@ class Config:
     text_layers: int = 12
     text_heads: int = 4
     max_words: int = 30                 # a caption is cut there, with [CLS] and [SEP] (WebVid's mean is 20)
+    # pictures, from which the video encoder starts where nobody published weights of its size
+    encoder_epochs: int = 5
+    encoder_batch_size: int = 32
+    encoder_lr: float = 1.5e-3
     # multi-modal decoder
     width: int = 384                    # D
     decoder_layers: int = 4
@@ -284,6 +289,35 @@ class EdgeNeXt(nn.Module):
         for downsample, stage in zip(self.downsample_layers, self.stages):
             x = stage(downsample(x))
         return self.norm(x)
+
+
+def edgenext(config):
+    """The video encoder of a Config's sizes."""
+    c = config
+    return EdgeNeXt(c.depths, c.dims, c.kernels, c.scales, c.xca_heads, c.layer_scale)
+
+
+class PictureTags(nn.Module):
+    """EdgeNeXt as an image classifier: the average of its cells, a linear layer for each kind of tag.
+
+    frames (B, T, 3, H, W) in [0, 1] -> logits (B, n) of each kind, with n tags of that kind. It stands where
+    ImageNet stands for the published EdgeNeXt; beside `video_encoder` nothing of it is kept.
+    """
+
+    def __init__(self, config, tags):
+        super().__init__()
+        self.video_encoder = edgenext(config)
+        self.heads = nn.ModuleList(nn.Linear(config.dims[-1], n) for n in tags)
+        self.apply(initialise)
+
+    def start(self, frames):
+        """Sets the norms for weights that start from nothing: frames (B, T, 3, H, W)."""
+        start_centred(self.video_encoder, normalise(frames, *IMAGENET).flatten(0, 1))
+
+    def forward(self, frames):
+        maps = self.video_encoder(normalise(frames, *IMAGENET).flatten(0, 1))               # (B*T, C, g, g)
+        average = maps.mean((2, 3)).unflatten(0, frames.shape[:2]).mean(1)                  # (B, C)
+        return [head(average) for head in self.heads]
 
 
 # ------------------------------------------------------------------------------------------- Language encoder
@@ -517,7 +551,7 @@ class EViLM(nn.Module):
         super().__init__()
         self.config = c = config
         self.vocab = None           # the rows' words, where a published vocabulary is to be followed
-        self.video_encoder = EdgeNeXt(c.depths, c.dims, c.kernels, c.scales, c.xca_heads, c.layer_scale)
+        self.video_encoder = edgenext(c)
         self.video_proj = nn.Linear(c.dims[-1], c.width)
         self.text_embedding = TextEmbedding(c.vocab_rows, c.positions, c.text_width, c.dropout)
         self.text_encoder = Transformer(c.text_layers, c.text_width, c.text_heads, dropout=c.dropout)
@@ -1381,7 +1415,7 @@ class NotFinite(InputError):
 
 
 def common_flags(description, stage="", settings=None):
-    """The flags that all scripts share. `stage` is the prefix of the presets' settings ("" or "tokenizer_");
+    """The flags that all scripts share. `stage` is the prefix of the presets' settings ("tokenizer_" ...);
     a task has `settings` of its own, {"toy": {"epochs": ...}, "paper": ...}."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=settings is None,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1658,6 +1692,14 @@ def checkpoint_path(path):
     """A checkpoint, or of a run's folder its best.pt."""
     path = Path(path)
     return path if path.suffix == ".pt" else path / "best.pt"
+
+
+def is_ours(path):
+    """Whether a file is a checkpoint of this project, rather than published weights."""
+    if Path(path).suffix == ".safetensors":
+        return False
+    checkpoint = read_torch(Path(path))
+    return isinstance(checkpoint, dict) and {"kind", "config"} <= set(checkpoint)
 
 
 def load(path, *kinds, hint=""):

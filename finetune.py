@@ -85,8 +85,8 @@ def add_task(commands, name):
     flags = common_flags(None, settings=SETTINGS[name])
     task = commands.add_parser(name, parents=[flags], allow_abbrev=False, help=TASKS_HELP[name])
     task.add_argument("--init", default="runs/pretrain/best.pt", metavar="PATH|none", help="a run or "
-                      "checkpoint of pretrain.py, or of retrieval --scoring joint; none: from nothing, Table "
-                      "5's first row (default: runs/pretrain/best.pt)")
+                      "checkpoint of pretrain.py, or of retrieval --scoring joint; runs/encoder: pictures "
+                      "alone, Table 5's first row; none: from nothing (default: runs/pretrain/best.pt)")
     task.add_argument("--out", metavar="DIR", help=f"the run's folder (default: runs/{name}"
                       + "-SET)" * (name == "mc") + ")" * (name != "mc"))
     return task
@@ -115,14 +115,18 @@ def begin(args, texts, manifest, machine):
     that no word used.
     """
     config = configure(args)
-    if args.init == "none":
+    checkpoint = None if args.init == "none" else load(
+        args.init, "pretrain", "retrieval", "encoder",
+        hint="; python pretrain.py makes one, --init none begins from nothing")
+    if checkpoint is None or checkpoint["kind"] == "encoder":       # no more than pictures is known yet
         wordpiece, config = make_vocabulary(args, config, texts, machine)
         torch.manual_seed(args.seed)
         model = EViLM(config).to(machine.device)
-        pretrain.start_from_nothing(model, manifest, args, machine)
+        if checkpoint is None:
+            pretrain.start_from_nothing(model, manifest, args, machine)
+        else:
+            machine.say(pretrain.fill_video(model, args.init))
         return model, wordpiece
-    checkpoint = load(args.init, "pretrain", "retrieval",
-                      hint="; python pretrain.py makes one, --init none begins from nothing")
     if checkpoint["settings"].get("scoring") == "fast":
         raise InputError(f"--init {args.init}: was trained for fast retrieval; a task begins from a run of "
                          "pretrain.py or of retrieval --scoring joint")

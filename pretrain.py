@@ -4,25 +4,29 @@
     python pretrain.py --device cuda --preset paper --data webvid
     torchrun --nproc-per-node=2 pretrain.py             over processes; several nodes: torchrun's own flags
 
-Trains the tokenizer first where there is none. Leaves in --out: last.pt (go on with --resume), best.pt
-(highest mean val accuracy), metrics.jsonl, curves.png, masked.png, retrieval.png.
+Trains the video encoder on pictures, and the tokenizer, first where there are none. Leaves in --out: last.pt
+(go on with --resume), best.pt (highest mean val accuracy), metrics.jsonl, curves.png, masked.png,
+retrieval.png.
 """
 import hashlib
 import math
 import os
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import train_encoder
 import train_tokenizer
 from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, checkpoint_path, common_flags,
-                   config_of, configure, load, load_published, make_optimizer, mask_frames, mask_words,
-                   mlm_loss, mvm_loss, prefetch, random_mask, rank_of_truth, run_script, save, set_up,
-                   vtm_loss, vtm_targets)
+                   config_of, configure, is_ours, load, load_published, make_optimizer, mask_frames,
+                   mask_words, mlm_loss, mvm_loss, prefetch, random_mask, rank_of_truth, run_script, save,
+                   set_up, vtm_loss, vtm_targets)
 from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans
 from train_tokenizer import (batches_left, between_evaluations, captions_of, clips_of, encode_padded,
                              evaluation_loader, make_loader, make_vocabulary, open_clips, pad, read_words,
@@ -39,9 +43,11 @@ def parse(argv=None):
                         "(default: runs/tokenizer)")
     parser.add_argument("--objectives", default="vtm,mlm,mvm", metavar="LIST", help="which losses of Eq. "
                         "(8), Table 5's switches; one that is off masks nothing (default: vtm,mlm,mvm)")
-    parser.add_argument("--init-video", metavar="FILE", help="published EdgeNeXt-Small that the video "
-                        "encoder starts from: a torch file or .safetensors, for --preset paper (default: "
-                        "none, it starts from nothing)")
+    parser.add_argument("--init-video", default="auto", metavar="PATH|none", help="what the video encoder "
+                        "starts from: run or checkpoint of train_encoder.py, trained first where there is "
+                        "none, or published EdgeNeXt-Small, a torch file or .safetensors, for --preset "
+                        "paper; none: from nothing (default: runs/encoder in the toy preset if the set says "
+                        "what its pictures show, as the synthetic one does, else none)")
     parser.add_argument("--init-text", metavar="FILE", help="published BERT of 12 layers, 128 wide, that the "
                         "language encoder starts from, its words in BERT's vocab.txt, named by --vocab "
                         "(default: none)")
@@ -131,7 +137,36 @@ def masked_pass(model, batch, objectives):
     return predicted
 
 
-# ---------------------------------------------------------------------------------------------- the tokenizer
+# ----------------------------------------------------------------------------------------- the stages before
+
+
+def stage_flags(args, folder):
+    """The flags of an earlier stage that this run trains first, its folder being `folder`."""
+    flags = ["--data", args.data, "--preset", args.preset, "--device", args.device, "--precision",
+             args.precision, "--workers", str(args.workers), "--seed", str(args.seed), "--out", str(folder)]
+    flags += ["--max-steps", str(args.max_steps)] * bool(args.max_steps)
+    flags += ["--vocab", args.vocab] * bool(args.vocab)
+    flags += [flag for change in args.config for flag in ("--config", change)]
+    flags += ["--compile"] * args.compile + ["--strict"] * args.strict
+    return flags + ["--resume"] * (folder / "last.pt").exists()
+
+
+def is_trained(folder):
+    """Whether a run's folder holds a model that was trained to its end; a run that was broken off, none."""
+    metrics = folder / "metrics.jsonl"
+    return (folder / "best.pt").exists() and (not metrics.exists() or
+                                              '"split": "test"' in metrics.read_text())
+
+
+def open_encoder(args, config, manifest, machine):
+    """Sets --init-video where it is left open, and trains an encoder where the folder it names holds none."""
+    if args.init_video == "auto":
+        known = config.preset == "toy" and any(map(train_encoder.tags, islice(manifest, 100)))
+        args.init_video = "runs/encoder" if known else "none"
+    path = Path(args.init_video)
+    if args.init_video != "none" and not path.suffix and not is_trained(path) and not args.resume:
+        machine.say(f"no trained encoder in {path}: training it first (python train_encoder.py)")
+        train_encoder.train(train_encoder.parse(stage_flags(args, path)), machine)
 
 
 def open_tokenizer(args, config, wordpiece, machine):
@@ -140,19 +175,12 @@ def open_tokenizer(args, config, wordpiece, machine):
     if "mvm" not in args.objectives:
         return None, None
     path = checkpoint_path(args.tokenizer)
-    if not path.exists() and args.tokenizer.endswith(".pt"):
+    named = args.tokenizer.endswith(".pt")
+    if named and not path.exists():
         raise InputError(f"--tokenizer {path}: there is no such checkpoint")
-    if not path.exists():
-        machine.say(f"no tokenizer in {path.parent}: training one first (python train_tokenizer.py)")
-        flags = ["--data", args.data, "--preset", args.preset, "--device", args.device,
-                 "--precision", args.precision, "--workers", str(args.workers), "--seed", str(args.seed),
-                 "--out", str(path.parent)]
-        flags += (["--max-steps", str(args.max_steps)] * bool(args.max_steps)
-                  + ["--vocab", args.vocab] * bool(args.vocab))
-        flags += [flag for change in args.config for flag in ("--config", change)]
-        flags += ["--compile"] * args.compile + ["--strict"] * args.strict
-        flags += ["--resume"] * (path.parent / "last.pt").exists()
-        train_tokenizer.train(train_tokenizer.parse(flags), machine)
+    if not named and not is_trained(path.parent):
+        machine.say(f"no trained tokenizer in {path.parent}: training it first (python train_tokenizer.py)")
+        train_tokenizer.train(train_tokenizer.parse(stage_flags(args, path.parent)), machine)
     checkpoint = load(path, "tokenizer")
     for what, theirs, ours in (("preset", checkpoint["config"]["preset"], config.preset),
                                ("frame size", checkpoint["config"]["size"], config.size),
@@ -477,6 +505,7 @@ def train(args, machine):
     splits = open_clips(args, machine)
     wordpiece, config = make_vocabulary(args, config, captions_of(splits["train"]), machine)
     rehearse(config, wordpiece, args)
+    open_encoder(args, config, splits["train"], machine)
     tokenizer, folder = open_tokenizer(args, config, wordpiece, machine)
     if tokenizer is not None:
         config = replace(config, codes=tokenizer.config.codes)
@@ -487,7 +516,7 @@ def train(args, machine):
     model = EViLM(config).to(machine.device)
     for report in [] if args.resume else fill_encoders(model, wordpiece, args):
         machine.say(report)
-    if not args.init_video:
+    if args.init_video == "none":
         start_from_nothing(model, splits["train"], args, machine)
     for name in set(LOSSES) - set(args.objectives):             # a head without a loss gets no gradient
         getattr(model, f"{name}_head").requires_grad_(False)
@@ -550,21 +579,38 @@ def learn(model, batch, args, machine):
 
 def rehearse(config, wordpiece, args):
     """Fills encoders without numbers: a file that does not fit is told of before a tokenizer is trained."""
-    if (args.init_video or args.init_text) and not args.resume:
+    if (args.init_video not in ("auto", "none") or args.init_text) and not args.resume:
         with torch.device("meta"):
             model = EViLM(config)
         fill_encoders(model, wordpiece, args)
 
 
 def fill_encoders(model, wordpiece, args):
-    """Published weights where --init-video and --init-text name them -> reports of what was filled."""
+    """The weights that --init-video and --init-text name -> reports of what was filled."""
     reports = []
-    if args.init_video:
-        reports.append(load_published(model.video_encoder, args.init_video))
+    if args.init_video not in ("auto", "none"):
+        reports.append(fill_video(model, args.init_video))
     if args.init_text:
         model.vocab = wordpiece.vocab
         reports.append(load_published(model, args.init_text, read_words(args.vocab)))
     return reports
+
+
+@torch.no_grad()
+def fill_video(model, path):
+    """Weights of the video encoder, train_encoder.py's or published ones -> a report of what was filled."""
+    if Path(path).suffix and not Path(path).is_dir() and not is_ours(path):
+        return load_published(model.video_encoder, path)
+    path, prefix = checkpoint_path(path), "video_encoder."
+    if path.exists():               # else it is still to be trained
+        found = {name.removeprefix(prefix): weight for name, weight in load(path, "encoder")["model"].items()}
+        wanted = model.video_encoder.state_dict()
+        if any(name not in found or found[name].shape != wanted[name].shape for name in wanted):
+            raise InputError(f"--init-video {path}: an encoder of other sizes than this run's; train one for "
+                             "it (train_encoder.py --out DIR) and name it")
+        for name, weight in wanted.items():
+            weight.copy_(found[name])
+    return f"video encoder: starts from {path}"
 
 
 def start_from_nothing(model, manifest, args, machine, clips=64):

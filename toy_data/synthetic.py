@@ -273,6 +273,15 @@ def say(scene, wording):
     return caption, claims
 
 
+def tags(row):
+    """What a still of a row's clip shows, {"colour": "red", ...}; none where there are two things, or where the
+    row, of another set, does not say."""
+    thing, *others = row.get("shows", [()])
+    if len(others) != 1:
+        return {}
+    return dict(zip(("colour", "shape", "size"), thing)) | {"background": others[0][1]}
+
+
 # ---- asking about it ----------------------------------------------------------------------------------
 
 def questions(scene, generator):
