@@ -117,6 +117,7 @@ class Config:
     batch_size: int = 64
     epochs: int = 20
     lr: float = 1e-4
+    video_lr: float = 1.0               # the video encoder's learning rate, times `lr`, if it starts from weights
     weight_decay: float = 0.01
     warmup: float = 0.05                # share of the steps
     tokenizer_epochs: int = 10
@@ -151,7 +152,7 @@ class Config:
                    decoder_layers=2, decoder_heads=4, decoder_pre_norm=True, dropout=0.0, codes=64,
                    code_dim=16, vit_width=96, vit_layers=3, vit_heads=4, tokenizer_width=96,
                    tokenizer_layers=2, tokenizer_heads=4, tokenizer_warm=0.4, word_weight=30.0, augment=False,
-                   batch_size=32, epochs=6, lr=1.5e-3, mask_ratio=0.25, tokenizer_epochs=2,
+                   batch_size=32, epochs=6, lr=1.5e-3, video_lr=0.1, mask_ratio=0.25, tokenizer_epochs=2,
                    tokenizer_batch_size=32, tokenizer_lr=1e-3, swin_dim=16, swin_depths=(1, 2, 2, 1),
                    swin_heads=(1, 2, 4, 8), swin_window=(4, 4, 4))
 
@@ -1610,12 +1611,19 @@ def fail(line, status):
     return status
 
 
-def make_optimizer(model, lr, weight_decay, device):
-    """AdamW (4.1), with the relatives' beta of 0.98; no decay on norms, biases and other vectors."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.squeeze().ndim > 1], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.squeeze().ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=device.type == "cuda")
+def make_optimizer(model, lr, weight_decay, device, video_lr=1.0):
+    """AdamW (4.1), with the relatives' beta of 0.98; no decay on norms, biases and other vectors.
+
+    The video encoder's rate is `video_lr` times the others'.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        factor = video_lr if "video_encoder." in name else 1.0
+        decay = weight_decay if p.squeeze().ndim > 1 else 0.0
+        if p.requires_grad:
+            group = {"params": [], "weight_decay": decay, "lr": factor * lr, "factor": factor}
+            groups.setdefault((factor, decay), group)["params"].append(p)
+    return torch.optim.AdamW(list(groups.values()), lr=lr, betas=(0.9, 0.98), fused=device.type == "cuda")
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -1822,7 +1830,7 @@ class Run:
 
     def set_learning_rate(self, peak, warmup):
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, peak, warmup)
+            group["lr"] = group["factor"] * learning_rate(self.step, self.steps, peak, warmup)
 
     def generator(self):
         """A generator on the CPU for this step, the same on all processes."""

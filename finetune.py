@@ -505,7 +505,9 @@ def train(args, machine):
     model = task.head(base).to(machine.device)
     run = Run(args, args.task, base.config, wordpiece.vocab, ("task", "init", *task.decide), machine)
     run.constant["answers"] = list(task.answers)
-    run.start(model, make_optimizer(model, args.lr, base.config.weight_decay, machine.device), args.resume)
+    video_lr = 1.0 if args.init == "none" else base.config.video_lr
+    optimizer = make_optimizer(model, args.lr, base.config.weight_decay, machine.device, video_lr)
+    run.start(model, optimizer, args.resume)
     if args.zero_shot:
         return report_zero_shot(task, base, run, args, machine)
 

@@ -521,7 +521,8 @@ def train(args, machine):
     for name in set(LOSSES) - set(args.objectives):             # a head without a loss gets no gradient
         getattr(model, f"{name}_head").requires_grad_(False)
     model.pooler.requires_grad_("vtm" in args.objectives)
-    optimizer = make_optimizer(model, args.lr, config.weight_decay, machine.device)
+    video_lr = 1.0 if args.init_video == "none" else config.video_lr
+    optimizer = make_optimizer(model, args.lr, config.weight_decay, machine.device, video_lr)
     run = Run(args, "pretrain", config, wordpiece.vocab, ("objectives", "tokenizer", "init_video",
               "init_text"), machine)
     run.start(model, optimizer, args.resume)

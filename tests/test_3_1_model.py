@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from evilm import (CLS, MASK, SEP, SPECIAL, UNK, Config, EdgeNeXt, EViLM, InputError, Transformer, ViT,
-                   WordPiece, multiply_adds, quick_gelu, space_time_sines, table8)
+from evilm import (CLS, IMAGENET, MASK, SEP, SPECIAL, UNK, Config, EdgeNeXt, EViLM, InputError, PictureTags,
+                   Transformer, ViT, WordPiece, multiply_adds, quick_gelu, space_time_sines, table8)
 
 
 def near(ours, plainly, atol=1e-9):
@@ -36,6 +36,20 @@ def test_edgenext_against_a_plain_computation(randomise, depths, dims, kernels, 
     assert ours.shape == (2, dims[-1], size[0] // 32, size[1] // 32)
     # our sines are float32
     near(ours, plain.edgenext(x, plain.weights(model), depths, kernels, scales, heads), atol=1e-5)
+
+
+def test_tags_are_read_from_the_average_of_all_cells_of_all_stills(randomise):
+    model = randomise(PictureTags(Config.toy(), [3, 5]).double())
+    frames = torch.rand(2, 3, 3, 64, 96, dtype=torch.float64)
+    mean, deviation = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in IMAGENET)
+    with torch.no_grad():
+        found = model(frames)
+        for b in range(2):
+            maps = [model.video_encoder(((still - mean) / deviation)[None])[0] for still in frames[b]]
+            average = sum(still[:, i, j] for still in maps for i in range(2) for j in range(3)) / (3 * 6)
+            for head, logits in zip(model.heads, found):
+                near(logits[b], head.weight @ average + head.bias, atol=1e-6)
+    assert [logits.shape for logits in found] == [(2, 3), (2, 5)]
 
 
 def test_edgenext_small_has_the_releases_keys_and_shapes():

@@ -1,4 +1,4 @@
-"""The two scripts as a user runs them: short runs, a kill midway, two processes, what bad input gets."""
+"""The scripts as a user runs them: short runs, a kill midway, two processes, what bad input gets."""
 import json
 import os
 import signal
@@ -107,6 +107,52 @@ def test_a_killed_tokenizer_run_resumes_to_the_same_weights(home):
     process.wait()
     run("train_tokenizer.py", *flags, "--out", "t/killed", "--resume", folder=home)
     assert same(weights(last), weights(home / "t/whole/last.pt"))
+
+
+def test_the_encoder_learns_from_pictures_and_pretraining_starts_there(home, unbroken):
+    names = {path.name for path in (home / "runs/encoder").iterdir()}
+    assert {"last.pt", "best.pt", "metrics.jsonl", "curves.png"} <= names
+    last = json.loads((home / "runs/encoder/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["split"] == "test" and all(0 <= last[kind] <= 1 for kind in
+                                           ("colour", "shape", "size", "background"))
+    run("pretrain.py", "--data", "clips", "--max-steps", 1, "--lr", 1e-12, "--out", "begun", *QUICK,
+        folder=home)
+    begun, encoder = weights(home / "begun/last.pt"), weights(home / "runs/encoder/best.pt")
+    assert all(torch.allclose(begun[name], weight, atol=1e-8) for name, weight in encoder.items()
+               if name.startswith("video_encoder."))
+
+
+def test_an_encoder_that_was_broken_off_is_trained_to_its_end_first(home):
+    flags = ("--data", "clips", "--init-video", "half", *QUICK)
+    process = subprocess.Popen(command("pretrain.py", *flags, "--max-steps", 300, "--save-every", 2, "--out",
+                                       "unused"), cwd=home, env=ENVIRONMENT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+    last = home / "half/last.pt"
+    while not (last.exists() and (home / "half/best.pt").exists()):         # the first evaluation leaves both
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (home / "unused").exists()
+    step = torch.load(last, weights_only=True)["step"]
+    said = run("pretrain.py", *flags, "--max-steps", step + 2, "--out", "whole-of-it", folder=home)
+    assert "no trained encoder in half" in said and f"going on from half/last.pt at step {step}" in said
+    assert "starts from half/best.pt" in said
+
+
+def test_pictures_need_tags(home, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((4, 64, 64, 3), np.uint8))
+    row = json.dumps({"video": "a.npy", "caption": "a clip"}) + "\n"
+    for name in ("train", "val", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(row)
+    said = run("train_encoder.py", "--data", tmp_path, *QUICK, folder=home, expect=2)
+    assert '"shows"' in said and "Traceback" not in said
+
+
+def test_an_encoder_of_other_sizes_is_refused(home, unbroken):
+    said = run("pretrain.py", "--data", "clips", "--config", "dims=8,16,32,64", "--init-video",
+               "runs/encoder", "--out", "bad", *QUICK, folder=home, expect=2)
+    assert "other sizes" in said and "Traceback" not in said
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(home):

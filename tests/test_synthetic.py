@@ -17,7 +17,7 @@ from PIL import Image
 from toy_data import synthetic
 from toy_data.__main__ import main
 from toy_data.clips import DataError, is_true
-from toy_data.synthetic import COLOURS, FORMS, HELD_OUT, SHAPES, render
+from toy_data.synthetic import BACKGROUNDS, COLOURS, FORMS, HELD_OUT, SHAPES, SIZES, render, tags
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")
@@ -459,3 +459,17 @@ def test_ctrl_c_says_interrupted(tmp_path):
     said = running.communicate(timeout=60)[1]
     assert running.returncode == 130 and said.endswith("interrupted\n") and "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_still_is_tagged_where_it_shows_one_thing(read):
+    kinds = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "background": BACKGROUNDS}
+    for row in read("train"):
+        if len(row["shows"]) == 3:
+            assert tags(row) == {}
+        else:
+            thing, background = row["shows"]
+            found = tags(row)
+            assert list(found) == list(kinds) and all(found[kind] in kinds[kind] for kind in kinds)
+            assert {found["colour"], found["shape"], found["size"]} <= set(thing)
+            assert found["background"] in background
+    assert tags({"video": "a.gif", "caption": "a man"}) == {}

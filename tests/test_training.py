@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import evilm
-from evilm import (CLS, SEP, Config, EViLM, InputError, Machine, NotFinite, SemanticTokenizer, common_flags,
-                   config_of, configure, learning_rate, load, make_optimizer, mlm_loss, mvm_loss, run_script,
-                   save, set_up, vtm_loss)
+from evilm import (CLS, SEP, Config, EViLM, InputError, Machine, NotFinite, Run, SemanticTokenizer,
+                   common_flags, config_of, configure, learning_rate, load, make_optimizer, mlm_loss,
+                   mvm_loss, run_script, save, set_up, vtm_loss)
 
 # ---------------------------------------------------------------------------------------- schedule, optimizer
 
@@ -53,6 +54,19 @@ def test_no_decay_on_norms_biases_and_other_vectors(tiny):
             if p is not frozen:
                 vector = max(p.shape) == p.numel()              # XCA's temperature is one, (heads, 1, 1)
                 assert decay[id(p)] == (0.0 if vector else 0.07), name
+
+
+def test_the_video_encoder_can_have_a_rate_of_its_own(tiny):
+    model = EViLM(tiny)
+    optimizer = make_optimizer(model, 1e-3, 0.07, torch.device("cpu"), video_lr=0.25)
+    run = SimpleNamespace(optimizer=optimizer, step=10, steps=100)
+    for work, whole in ((lambda: None, 1e-3),
+                        (lambda: Run.set_learning_rate(run, 4e-3, 0.1), learning_rate(10, 100, 4e-3, 0.1))):
+        work()
+        rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for name, p in model.named_parameters():
+            share = 0.25 if name.startswith("video_encoder.") else 1.0
+            assert rate[id(p)] == pytest.approx(share * whole), name
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
