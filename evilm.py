@@ -117,7 +117,7 @@ class Config:
     batch_size: int = 64
     epochs: int = 20
     lr: float = 1e-4
-    video_lr: float = 1.0               # the video encoder's learning rate, times `lr`, if it starts from weights
+    video_lr: float = 1.0               # the video encoder's rate, times `lr`, where it starts from weights
     weight_decay: float = 0.01
     warmup: float = 0.05                # share of the steps
     tokenizer_epochs: int = 10

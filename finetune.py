@@ -119,6 +119,8 @@ def begin(args, texts, manifest, machine):
         args.init, "pretrain", "retrieval", "encoder",
         hint="; python pretrain.py makes one, --init none begins from nothing")
     if checkpoint is None or checkpoint["kind"] == "encoder":       # no more than pictures is known yet
+        if args.zero_shot:
+            raise InputError(f"--zero-shot scores a pretrained model: --init {args.init} knows no captions")
         wordpiece, config = make_vocabulary(args, config, texts, machine)
         torch.manual_seed(args.seed)
         model = EViLM(config).to(machine.device)
@@ -483,8 +485,6 @@ def settle(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     files = f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files
-    if args.zero_shot and args.init == "none":
-        raise InputError("--zero-shot scores a pretrained model: --init none has nothing to score")
     if args.zero_shot and files not in ("", "mc_caption"):
         raise InputError(f"--zero-shot: the 2-way head matches captions; mc --set {args.set} has questions")
     if args.task == "retrieval" and args.accumulate > 1:

@@ -202,6 +202,16 @@ def test_zero_shot_scores_the_pretrained_model_as_it_is(go, flags):
     assert first == second and first["step"] == 0
 
 
+def test_a_task_can_begin_from_an_encoder_of_pictures(go, home):
+    _, said = go("qa", "--init", "runs/encoder", "--lr", "1e-12", "--out", "pictures")
+    assert "starts from runs/encoder/best.pt" in said
+    begun, encoder = (torch.load(path, weights_only=True)["model"]
+                      for path in (home / "pictures/last.pt", home / "runs/encoder/best.pt"))
+    for name, weight in encoder.items():
+        if name.startswith("video_encoder."):
+            assert torch.allclose(begun[f"model.{name}"], weight, atol=1e-8)
+
+
 @pytest.mark.parametrize("flags", [["qa"], ["probe"], ["retrieval"]])
 def test_a_resumed_run_ends_with_the_same_weights(go, home, flags, monkeypatch):
     go(*flags, "--out", "whole")
@@ -276,6 +286,7 @@ def test_a_task_refuses_what_it_cannot_use(go, home, tmp_path):
                         (["qa", "--config", "width=64"], "--config width=64"),
                         (["mc", "--set", "action", "--zero-shot"], "--zero-shot"),
                         (["retrieval", "--zero-shot", "--init", "none"], "--zero-shot"),
+                        (["retrieval", "--zero-shot", "--init", "runs/encoder"], "knows no captions"),
                         (["retrieval", "--accumulate", "2"], "--accumulate")):
         with pytest.raises(InputError, match=told):
             go(*flags)
