@@ -57,8 +57,9 @@ class TagBatch:
 
 
 def tag_loss(logits, targets):
-    """Cross-entropy, averaged over clips, summed over kinds: logits (B, n) of each, targets (B, kinds)."""
-    return sum(F.cross_entropy(one.float(), target, ignore_index=-1)
+    """Cross-entropy, averaged over clips, summed over kinds: logits (B, n) of each, targets (B, kinds), -1
+    for a tag that no training clip has; those add nothing."""
+    return sum(F.cross_entropy(one.float(), target, ignore_index=-1, reduction="sum") / len(target)
                for one, target in zip(logits, targets.t()))
 
 

@@ -220,13 +220,14 @@ def test_each_kind_trains_resumes_and_labels_pretraining(home, monkeypatch, caps
 
     monkeypatch.setattr(pretrain, "finish", lambda *_: None)
     codes = "kept" if encoder == "vit" else "auto"
-    run(pretrain, f"--tokenizer {whole} --codes {codes} --out p-{whole}", home, monkeypatch)
+    flags = f"--init-video none --tokenizer {whole}"
+    run(pretrain, f"{flags} --codes {codes} --out p-{whole}", home, monkeypatch)
     said = capsys.readouterr().out
     assert ("labels: online" in said and "neighbours" in said) == (encoder == "videoswin")
     assert ("labels: kept" in said) == (encoder == "vit") and (home / f"p-{whole}/last.pt").exists()
     if encoder == "videoswin":
         with pytest.raises(InputError, match="--codes kept.*neighbours"):
-            run(pretrain, f"--tokenizer {whole} --codes kept --out never", home, monkeypatch)
+            run(pretrain, f"{flags} --codes kept --out never", home, monkeypatch)
         assert not (home / "never").exists()
 
 
