@@ -186,7 +186,8 @@ def test_eq8_accumulated_gradients_are_those_of_the_whole_batch(tiny, model, bat
 def test_tag_loss_is_each_kinds_cross_entropy_and_a_tag_without_a_name_adds_nothing():
     colour, shape = torch.randn(4, 3), torch.randn(4, 5)
     targets = torch.tensor([[2, 4], [0, -1], [-1, 1], [1, -1]])
-    expected = (3 * cross_entropy(colour[[0, 1, 3]], [2, 0, 1]) + 2 * cross_entropy(shape[[0, 2]], [4, 1])) / 4
+    expected = (3 * cross_entropy(colour[[0, 1, 3]], [2, 0, 1])
+                + 2 * cross_entropy(shape[[0, 2]], [4, 1])) / 4
     assert float(tag_loss([colour, shape], targets)) == pytest.approx(expected, rel=1e-5)
     assert float(tag_loss([colour, shape], torch.full((4, 2), -1))) == 0
 
