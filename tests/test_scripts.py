@@ -1,10 +1,13 @@
 """The scripts as a user runs them: short runs, a kill midway, two processes, what bad input gets."""
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +27,36 @@ def command(script, *flags):
 
 
 def run(script, *flags, folder, expect=0):
-    done = subprocess.run(command(script, *flags), cwd=folder, env=ENVIRONMENT, capture_output=True,
-                          text=True, timeout=200)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    """The script in a process of its own, forked from this one, in which torch is loaded already."""
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if not child:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            os._exit(status_of(script, flags, folder))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        said = said.read()
+    assert status == expect, said
+    return said
+
+
+def status_of(script, flags, folder):
+    """What a script's process would end with."""
+    os.chdir(folder)
+    sys.argv = command(script, *flags)[1:]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return 0
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 @pytest.fixture(scope="module")
