@@ -110,7 +110,7 @@ class Config:
     word_ratio: float = 0.15
     blocks: bool = True                 # False: masked cells are drawn one by one (an experiment)
     negatives: int = 1                  # mismatched captions drawn, the nearest in words is taken; 1: random
-    video_positions: bool = True        # False: no sines of time and place in e^V (an experiment)
+    video_positions: float = 1.0        # times the sines of time and place in e^V; 0: none
     augment: bool = True                # one random crop for a clip's frames, never a flip ("left" is a word)
     # training (4.1). The paper says neither batch size nor schedule nor how weights start: linear warm-up and
     # a cosine, as its relatives do; see `initialise`. (Fig. 6's 15K steps in 20 epochs would be 3,300 clips.)
@@ -481,7 +481,8 @@ def space_time_sines(T, g, width, device=None):
     """Fixed sines that tell a cell its frame, row and column: (T*g*g, width), in the cells' order.
 
     The paper names no positions for e^V and Table 8 has no parameters for them; without any, a clip that
-    moves left and one that moves right would be the same set of cells to the decoder.
+    moves left and one that moves right would be the same set of cells to the decoder. Their length is
+    sqrt(width / 2).
     """
     waves = width // 6                                                  # sine and cosine for each of t, y, x
     frequency = 100.0 ** (-torch.arange(waves, device=device) / waves)  # positions stay below 100
@@ -578,9 +579,8 @@ class EViLM(nn.Module):
         B, T = frames.shape[:2]
         maps = self.video_encoder(normalise(frames, *IMAGENET).flatten(0, 1))               # (B*T, C, g, g)
         cells = self.video_proj(maps.permute(0, 2, 3, 1).flatten(1, 2)).reshape(B, -1, self.config.width)
-        if not self.config.video_positions:
-            return cells
-        return cells + space_time_sines(T, maps.shape[-1], self.config.width, frames.device)
+        sines = space_time_sines(T, maps.shape[-1], self.config.width, frames.device)
+        return cells + self.config.video_positions * sines
 
     def encode_text(self, ids, mask):
         """Eq. (1): e^L. ids, mask (B, L) -> (B, L, D)."""
@@ -1454,7 +1454,7 @@ def common_flags(description, stage="", settings=None):
     add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
     add("--config", metavar="NAME=VALUE", action="append", default=[], help="change any field of Config, "
         "such as mask_ratio=0.5, dims=8,16,32,64, blocks=False (cells masked one by one), negatives=8 "
-        "(harder mismatched captions), video_positions=False; may be given several times")
+        "(harder mismatched captions), video_positions=0; may be given several times")
     add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions "
         "are kept (default: a vocabulary is made from the training captions)")
     return parser

@@ -46,7 +46,7 @@ EXPERIMENTS = {
         "block-wise": (FINER, "", "--config mask_ratio=0.4"),
         "one by one": (FINER, "", "--config mask_ratio=0.4 --config blocks=False")}),
     "positions": (("mc_motion", "mc_colour", "mc_shape", "mc", "mvm"), {
-        "with": ("", "", ""), "without": ("", "", "--config video_positions=False")}),
+        "with": ("", "", ""), "without": ("", "", "--config video_positions=0")}),
     "codes": (("codebook_usage", "mvm", "mvm_copy", "mc"), {
         f"{codes}": ("", f"--config codes={codes}" * (codes != 64), "") for codes in (8, 64, 512)}),
     "code-dim": (("codebook_usage", "mvm", "mvm_copy", "mc"), {

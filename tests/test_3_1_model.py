@@ -263,11 +263,11 @@ def test_eq1_video_is_projected_cells_in_order_of_time_row_column_plus_sines(tin
                         expected[b, 4 * t + 2 * y + x] = plain.linear(cells[:, y, x].double(), w,
                                                                       "video_proj")
     assert video.shape == (3, 8, 36)
-    near(video, expected + plain.sines(2, 2, 36), atol=1e-4)
+    near(video, expected + tiny.video_positions * plain.sines(2, 2, 36), atol=1e-4)
 
 
 def test_without_positions_a_clip_played_backwards_is_the_same_set_of_cells(tiny):
-    config = replace(tiny, video_positions=False)
+    config = replace(tiny, video_positions=0.0)
     model, frames = EViLM(config).eval(), torch.rand(2, config.frames, 3, config.size, config.size)
     forwards, backwards = (model.encode_video(x).view(2, config.frames, -1, config.width)
                            for x in (frames, frames.flip(1)))
@@ -293,7 +293,7 @@ class MeanColour(nn.Module):
 def test_eq1_swapped_frames_and_swapped_cells_are_another_video(tiny, randomise):
     model, colours = randomise(EViLM(tiny)), torch.rand(1, 2, 3, 2, 2)
     model.video_encoder, frames = MeanColour(), colours.repeat_interleave(32, -1).repeat_interleave(32, -2)
-    sines = space_time_sines(2, 2, 36)
+    sines = tiny.video_positions * space_time_sines(2, 2, 36)
     later = frames.flip(1)
     moved = frames.clone()
     moved[:, 0, :, :32, 32:], moved[:, 0, :, 32:, :32] = frames[:, 0, :, 32:, :32], frames[:, 0, :, :32, 32:]
