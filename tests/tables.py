@@ -213,11 +213,15 @@ def main():
     runs = Runs(args.data, make=not args.show)
     wanted = [table for table in tables(runs) if table[0] in (args.wanted or [table[0]])]
     if runs.make:
-        with ThreadPoolExecutor(2) as two:      # seed by seed, so that all rows have the first early
-            made = [two.submit(get, seed=seed) for seed in SEEDS
-                    for _, _, rows in wanted for cells in rows.values() for get, _ in cells if get]
-            for one in made:
-                one.result()
+        with ThreadPoolExecutor(2) as two:      # all rows have the first seed early; a row's cells share runs
+            made = [two.submit(get, seed=seed) for seed in SEEDS for _, _, rows in wanted
+                    for column in zip(*rows.values()) for get, _ in column if get]
+            try:
+                for one in made:
+                    one.result()
+            except BaseException:               # Ctrl-C stops the two that are under way as well
+                two.shutdown(cancel_futures=True)
+                raise
     print(f"{PRETRAIN} steps of pretraining, {FINE_TUNE} of fine-tuning, {PROBE} of the probe; test, mean "
           "(range)")
     for name, columns, rows in wanted:
@@ -227,4 +231,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
