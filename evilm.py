@@ -164,7 +164,7 @@ class CrossCovarianceAttention(nn.Module):
     """XCA: attention between channels, not cells: its cost grows linearly with cells. (N, cells, C) -> same.
 
     Ali et al., "XCiT", 2021: softmax(K^ Q^T / tau) over C/heads x C/heads, keys and queries l2-normalised
-    over cells.
+    over cells. As in its release: Q^ K^T here, times a temperature that is learned.
     """
 
     def __init__(self, dim, heads):

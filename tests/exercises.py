@@ -80,8 +80,8 @@ EXERCISES = [
         breaks="All channels look at 3x3 cells; in the cascade the second part looks at 5x5, the third at "
                "7x7.",
         hint="x.split(self.split, 1) gives the parts x_1 ... x_s, self.convs has the s - 1 convolutions. "
-             "y_1 = conv_1(x_1), y_i = conv_i(x_i + y_(i-1)), and the last is y_s = x_s. (N, C, H, W) -> the "
-             "same.",
+             "y_1 = conv_1(x_1), y_i = conv_i(x_i + y_(i-1)), and the last is y_s = x_s. (With s = 1 there "
+             "is one convolution, and nothing passes untouched.) (N, C, H, W) -> the same.",
         tests="""
             test_parts.py::test_cascade_by_hand_convolves_each_part_with_the_result_before_it
             test_parts.py::test_cascade_the_last_part_passes_untouched_and_may_be_narrower
@@ -232,7 +232,7 @@ EXERCISES = [
                "words that codes come to differ, and by the words that they have a meaning.",
         hint="y^S = HEAD(mean over cells of D(C_q)). self.decode is D with the time and place of the codes, "
              "self.head reads the words. The head has rows for words that do not exist: of its outputs only "
-             "the first words - len(SPECIAL) count.",
+             "the first self.config.words - len(SPECIAL) count.",
         tests="""
             test_3_3_tokenizer.py::test_eq5_head_of_the_averaged_output
             test_3_3_tokenizer.py::test_eq5_tells_time_and_place
@@ -461,14 +461,15 @@ def explain(error, path):
     frames = list(traceback.walk_tb(error.__traceback__))
     known = [(frame, line) for frame, line in frames if frame.f_code.co_filename == str(path)
              or Path(frame.f_code.co_filename).name.startswith("test_")]
-    if isinstance(error, ImportError):
-        return [said(error), "The tests ask for what your copy has not: was it begun from an older evilm.py?"]
     if not known:
         return [said(error)]
     frame, line = known[-1]
     if frame.f_code.co_filename == str(path):
         return [at_line(path, line), "This part is still to be written."
                 if isinstance(error, NotImplementedError) else said(error)]
+    if isinstance(error, ImportError):
+        return [said(error), "The tests ask for what your copy has not: was a name changed, or was it begun "
+                "from an older evilm.py?"]
     frame, line = next(one for one in known if one[0].f_code.co_name.startswith("test_"))
     statement = statement_at(frame.f_code.co_filename, line)
     lines = [f"{near_cwd(frame.f_code.co_filename)}, line {line}: {ast.unparse(statement)}"]
@@ -481,20 +482,28 @@ def explain(error, path):
         return difference(close[0]["expected"], close[0]["actual"]) + lines
     if isinstance(statement, ast.Assert) and isinstance(error, AssertionError):
         return judged(statement.test, {**frame.f_globals, **frame.f_locals}) + lines
-    return [said(error), *lines]
+    none = ["None came where a value was expected: is a return missing, or did no gradient arrive?"]
+    return [said(error), *none * ("NoneType" in str(error)), *lines]
 
 
 # -------------------------------------------------------------------------------------------------- The check
 
 
+CUT_SHORT = ["Something in your copy ended the test or all of Python: an exit, a skip, an interrupt?"]
+
+
 class Claims:
-    """A pytest plugin: {test: None where it held, else lines that say why not}."""
+    """A pytest plugin: {test: None where it held, else lines that say why not}, without those not tried."""
 
     def __init__(self, path):
         self.path, self.why = path, {}
 
     def pytest_runtest_logreport(self, report):
-        self.why.setdefault(report.nodeid.split("[")[0], None)
+        test = report.nodeid.split("[")[0]
+        if report.skipped:
+            self.why[test] = self.why.get(test) or CUT_SHORT
+        elif report.when == "call":
+            self.why.setdefault(test, None)
 
     def pytest_exception_interact(self, node, call, report):
         test, error = node.nodeid.split("[")[0], call.excinfo.value
@@ -507,14 +516,15 @@ class Claims:
 def examine(path, tests, seconds, log):
     """Runs the tests against the evilm.py at `path` -> {test: None where it holds, else lines that say why}.
 
-    For a process of its own: it swaps modules, and after `seconds` it ends itself, leaving in `log` where it
-    was.
+    Tests that were not tried are not in it. For a process of its own: it swaps modules, and after `seconds`
+    it ends itself, leaving in `log` where it was.
     """
     import pytest
     import torch                        # noqa: F401  a slow disk's time is not the student's
     for name in [name for name in sys.modules if name in ("evilm", "plain") or name.startswith("test_")]:
         del sys.modules[name]
     sys.path.insert(0, str(path.parent))
+    os.environ["PYTHONBREAKPOINT"] = "0"        # no one could answer the debugger
     claims, nowhere = Claims(path), io.StringIO()
     with (open(log, "w") as file, contextlib.redirect_stdout(nowhere),
           contextlib.redirect_stderr(nowhere)):
@@ -523,16 +533,20 @@ def examine(path, tests, seconds, log):
             importlib.import_module("evilm")        # pytest's own path comes too late to change this
             pytest.main([*(f"{TESTS / test}" for test in tests), f"--rootdir={TESTS}",
                          f"--config-file={ROOT / 'pyproject.toml'}", "--assert=plain", "--tb=no",
-                         *(f"-pno:{plugin}" for plugin in ("cacheprovider", "faulthandler",
+                         *(f"-pno:{plugin}" for plugin in ("cacheprovider", "debugging", "faulthandler",
                                                            "unraisableexception"))], plugins=[claims])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return dict.fromkeys(tests, explain(error, path))
         finally:
             faulthandler.cancel_dump_traceback_later()
             sys.path.remove(str(path.parent))
     # A test file that cannot be imported stands alone, without a test's name, and stops all others.
     unread = next((why for name, why in claims.why.items() if "::" not in name), None)
-    return dict.fromkeys(tests, unread) if unread else {test: claims.why[test] for test in tests}
+    if unread:
+        return dict.fromkeys(tests, unread)
+    why = {test: claims.why[test] for test in tests if test in claims.why}
+    untried = [test for test in tests if test not in why]
+    return {**why, untried[0]: CUT_SHORT} if untried and not any(why.values()) else why
 
 
 def answer(path, tests, seconds):
@@ -602,8 +616,8 @@ def check(exercise, seconds=SECONDS):
         return False
     why = answer(path, tests, seconds)
     failed = [test for test in tests if why.get(test)]
-    for test in filter(why.__contains__, tests):
-        print(f"{'fails' if why[test] else 'holds'}  {claim(test)}")
+    for test in tests:
+        print(f"{'untried' if test not in why else 'fails' if why[test] else 'holds'}  {claim(test)}")
     if not failed:
         print(f"\nAll hold. How evilm.py says it: {typed('reveal', exercise)}")
         return True
@@ -615,17 +629,26 @@ def check(exercise, seconds=SECONDS):
 
 def reveal(exercise):
     path, source = copy_of(exercise), (ROOT / "evilm.py").read_text()
-    written = path.read_text() if path.exists() else emptied(source, exercise)
-    diff = difflib.unified_diff(written.splitlines(), source.splitlines(), near_cwd(path), "evilm.py",
-                                lineterm="")
+    if not path.exists():
+        raise Refused(f"{exercise.name} is not begun: {typed('start', exercise)}")
+    diff = difflib.unified_diff(path.read_text().splitlines(), source.splitlines(), near_cwd(path),
+                                "evilm.py", lineterm="")
     print("\n".join(diff) or "There is no difference.")
+
+
+def limit(text):
+    """The value of --seconds: more than none, an hour at most."""
+    value = float(text)
+    if not 0 < value <= 3600:
+        raise ValueError
+    return value
 
 
 def named(name):
     found = [exercise for exercise in EXERCISES if exercise.name == name]
     if not found:
         near = difflib.get_close_matches(name, [exercise.name for exercise in EXERCISES], 1)
-        raise Refused(f"there is no exercise {name!r}" + (f"; {near[0]!r}?" if near else "")
+        raise Refused(f"there is no exercise {name!r}" + (f"; {near[0]!r}?" if near else ".")
                       + f" To see all: python {sys.argv[0]} list")
     return found[0]
 
@@ -635,9 +658,9 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["list", "start", "check", "reveal"])
     parser.add_argument("name", nargs="?", metavar="NAME", help="of an exercise; `list` shows them")
-    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S",
+    parser.add_argument("--seconds", type=limit, default=SECONDS, metavar="S",
                         help=f"check: after how many an endless loop is called one (default: {SECONDS})")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if (args.name is None) != (args.command == "list"):
         parser.error("list takes no name, the others take one: python tests/exercises.py start fuse")
     try:

@@ -180,7 +180,7 @@ def test_what_was_begun_is_never_overwritten(home, typed):
     assert path.read_text() == "# an evening's work\n"
 
 
-def test_reveal_goes_from_the_students_part_or_the_empty_one_to_the_original(home, typed):
+def test_reveal_goes_from_the_students_part_to_the_original(home, typed):
     exercise = exercises.named("recall-at-k")
     first, last, _ = lines_of_cut(SOURCE, exercise)
     original = [f"+{line}" for line in SOURCE.splitlines()[first:last]]
@@ -188,9 +188,9 @@ def test_reveal_goes_from_the_students_part_or_the_empty_one_to_the_original(hom
     def changed(said):
         return [line for line in said.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
 
-    assert changed(typed("reveal", "recall-at-k"))[-len(original):] == original
-    assert not (home / "exercises").exists()
+    assert "start recall-at-k" in typed("reveal", "recall-at-k", expect=2)
     typed("start", "recall-at-k")
+    assert changed(typed("reveal", "recall-at-k"))[-len(original):] == original
     (home / "exercises/recall-at-k/evilm.py").write_text(replaced(SOURCE, exercise, "return truth"))
     assert changed(typed("reveal", "recall-at-k")) == ["-    return truth", *original]
     (home / "exercises/recall-at-k/evilm.py").write_text(SOURCE)
@@ -232,7 +232,23 @@ def test_what_a_test_cannot_do_with_a_result_is_said(why):
     exercise = exercises.named("recall-at-k")
     reasons = why(exercise, replaced(SOURCE, exercise, "return None"))[exercise.tests.split()[0]]
     assert reasons[0] == "AttributeError: 'NoneType' object has no attribute 'tolist'"
-    assert "assert rank_of_truth(scores, torch.tensor([0, 2, 1])).tolist() == [1, 2, 3]" in reasons[1]
+    assert "is a return missing" in reasons[1]
+    assert "assert rank_of_truth(scores, torch.tensor([0, 2, 1])).tolist() == [1, 2, 3]" in reasons[2]
+
+
+@pytest.mark.parametrize("part", ["import pytest\npytest.skip('later')", "raise KeyboardInterrupt",
+                                  "import pytest\npytest.exit('enough')", "breakpoint()\nreturn truth",
+                                  "raise SystemExit(0)"])
+def test_what_ends_a_test_early_holds_nothing(why, part):
+    exercise = exercises.named("recall-at-k")
+    assert why(exercise, replaced(SOURCE, exercise, part))[exercise.tests.split()[0]]
+
+
+@pytest.mark.parametrize("copy", ["", "raise SystemExit(0)\n", "import no_such_package\n" + SOURCE])
+def test_a_copy_that_is_no_evilm_holds_nothing(why, copy):
+    exercise = exercises.named("recall-at-k")
+    found = why(exercise, copy)
+    assert found[exercise.tests.split()[0]] and all(found.values())
 
 
 def test_an_error_outside_of_the_part_is_said_too(why):
