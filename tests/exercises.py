@@ -640,7 +640,7 @@ def limit(text):
     """The value of --seconds: more than none, an hour at most."""
     value = float(text)
     if not 0 < value <= 3600:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 3600")
     return value
 
 
