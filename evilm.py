@@ -1623,7 +1623,7 @@ def make_optimizer(model, lr, weight_decay, device, video_lr=1.0):
         if p.requires_grad:
             group = {"params": [], "weight_decay": decay, "lr": factor * lr, "factor": factor}
             groups.setdefault((factor, decay), group)["params"].append(p)
-    return torch.optim.AdamW(list(groups.values()), lr=lr, betas=(0.9, 0.98), fused=device.type == "cuda")
+    return torch.optim.AdamW(list(groups.values()), lr=lr, betas=(0.9, 0.98), fused=device.type != "mps")
 
 
 def learning_rate(step, steps, peak, warmup):
