@@ -82,7 +82,7 @@ class Runs:
                 raise Absent(name)
             command = [sys.executable, str(ROOT / script), *flags, "--data", self.data, "--out", str(folder),
                        "--workers", "0", *["--resume"] * (folder / "last.pt").exists()]
-            print(f"{time.strftime('%H:%M')}  {name}", flush=True)
+            print(f"{time.strftime('%H:%M')}  {name}\n", end="", flush=True)      # two threads, whole lines
             done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
                                   text=True)
             if done.returncode:
@@ -100,14 +100,14 @@ class Runs:
         return self.run(f"tokenizer{short(flags)}-{seed}", "train_tokenizer.py", "--seed", str(seed),
                         *flags.split())
 
-    def pretrained(self, objectives, seed, flags="", tokenizer=""):
-        """`flags` are pretraining's, `tokenizer` its tokenizer's."""
+    def pretrained(self, objectives, seed, flags="", tokenizer="", pictures=True):
+        """`flags` are pretraining's, `tokenizer` its tokenizer's; `pictures`: whether the encoder knows any."""
         wanted = ["--objectives", objectives, "--max-steps", str(PRETRAIN), "--lr", str(PRETRAIN_LR),
                   "--seed", str(seed), "--keep-at", ",".join(map(str, POINTS)), *flags.split(),
-                  "--init-video", str(self.encoder(seed, flags))]
+                  "--init-video", str(self.encoder(seed, flags)) if pictures else "none"]
         wanted += ["--tokenizer", str(self.tokenizer(seed, tokenizer)) if "mvm" in objectives else "none"]
-        return self.run(f"pretrain-{objectives}{short(flags)}{short(tokenizer)}-{seed}", "pretrain.py",
-                        *wanted)
+        name = f"pretrain-{objectives}{short(flags)}{short(tokenizer)}{'' if pictures else '-nothing'}-{seed}"
+        return self.run(name, "pretrain.py", *wanted)
 
     def tuned(self, task, init, seed, name, *flags):
         steps = PROBE if task == "probe" else FINE_TUNE
@@ -128,11 +128,12 @@ class Runs:
         lr = max(LEARNING_RATES, key=best_on_val)
         return self.tuned(task, self.encoder(seed), seed, "from-pictures", "--lr", str(lr))
 
-    def with_tokenizer(self, flags, task, seed):
+    def with_tokenizer(self, flags, task, seed, pictures=True):
         """A task fine-tuned from a model pretrained with that tokenizer, or without one where it is None."""
         objectives = ROWS["VTM+MLM" if flags is None else "VTM+MLM+MVM"]
-        init = self.pretrained(objectives, seed, tokenizer=flags or "") / "best.pt"
-        return self.tuned(task, init, seed, f"from-{objectives}{short(flags or '')}")
+        init = self.pretrained(objectives, seed, tokenizer=flags or "", pictures=pictures) / "best.pt"
+        name = f"from-{objectives}{short(flags or '')}{'' if pictures else '-nothing'}"
+        return self.tuned(task, init, seed, name)
 
     def at(self, objectives, point, task, seed):
         """Fig. 6: the model at a share of its pretraining, probed, or scored on multiple choice untrained."""
@@ -177,6 +178,9 @@ def tables(runs):
         row: [NOTHING if flags is None else (partial(runs.tokenizer, flags=flags), "codebook_usage"),
               *[(partial(runs.with_tokenizer, flags, task), "top1") for task in ("probe", "qa")]]
         for row, flags in TOKENIZERS.items()}
+    yield "from-nothing", ["probe", "QA"], {
+        row: [(partial(runs.with_tokenizer, TOKENIZERS[row], task, pictures=False), "top1")
+              for task in ("probe", "qa")] for row in ("none", "pixels", "ViT, focal")}
     yield "losses", ["word_recall", "word_recall_macro", "codebook_usage"], {
         row: [(partial(runs.tokenizer, flags=flags), score)
               for score in ("word_recall", "word_recall_macro", "codebook_usage")]
@@ -206,7 +210,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wanted", nargs="*", metavar="TABLE", help="tasks, table5, fig6, fig2, tokenizers "
-                        f"(Tables 6 and 7), losses, {', '.join(EXPERIMENTS)} (default: all)")
+                        "(Tables 6 and 7), from-nothing (the same, the video encoder without pictures), losses, "
+                        f"{', '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--data", default="data/toy", metavar="DIR", help="default: data/toy")
     parser.add_argument("--show", action="store_true", help="only print what the finished runs give")
     args = parser.parse_args()
