@@ -101,7 +101,7 @@ class Runs:
                         *flags.split())
 
     def pretrained(self, objectives, seed, flags="", tokenizer="", pictures=True):
-        """`flags` are pretraining's, `tokenizer` its tokenizer's; `pictures`: whether the encoder knows any."""
+        """`flags` are pretraining's, `tokenizer` its tokenizer's; its encoder starts from `pictures` or not."""
         wanted = ["--objectives", objectives, "--max-steps", str(PRETRAIN), "--lr", str(PRETRAIN_LR),
                   "--seed", str(seed), "--keep-at", ",".join(map(str, POINTS)), *flags.split(),
                   "--init-video", str(self.encoder(seed, flags)) if pictures else "none"]
@@ -210,7 +210,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wanted", nargs="*", metavar="TABLE", help="tasks, table5, fig6, fig2, tokenizers "
-                        "(Tables 6 and 7), from-nothing (the same, the video encoder without pictures), losses, "
+                        "(Tables 6 and 7), from-nothing (the same without pictures first), losses, "
                         f"{', '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--data", default="data/toy", metavar="DIR", help="default: data/toy")
     parser.add_argument("--show", action="store_true", help="only print what the finished runs give")
