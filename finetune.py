@@ -443,7 +443,7 @@ class Probe:
 
     @torch.no_grad()
     def evaluate(self, model, split, args, machine):
-        """-> {"top1", and "top1_LABEL" of each label}; keeps the confusion matrix, (truth, chosen)."""
+        """-> {"top1", "top1_LABEL" of each label there is}; keeps the confusion matrix, (truth, chosen)."""
         features, targets = self.features[split]
         model.eval()
         chosen = model(features).argmax(1)
@@ -451,9 +451,9 @@ class Probe:
         known = targets >= 0
         self.confusion.index_put_((targets[known].cpu(), chosen[known].cpu()), torch.tensor(1),
                                   accumulate=True)
-        each = self.confusion.diag() / self.confusion.sum(1).clamp(min=1)
+        found = zip(self.answers, self.confusion.diag().tolist(), self.confusion.sum(1).tolist())
         return {"top1": float((chosen == targets).float().mean()),
-                **{f"top1_{label}": float(share) for label, share in zip(self.answers, each)}}
+                **{f"top1_{label}": right / count for label, right, count in found if count}}
 
     def draw(self, model, args, machine, folder):
         pictures.confusion(self.confusion.numpy(), self.answers, folder / "confusion.png",

@@ -196,6 +196,13 @@ def test_each_task_leaves_scores_against_chance_and_a_picture(go, home, flags, s
     assert {"last.pt", "best.pt", "metrics.jsonl", "curves.png", picture} <= {p.name for p in out.iterdir()}
 
 
+def test_the_probe_scores_the_labels_that_the_test_split_has(go, home):
+    last, _ = go("probe", "--out", str(home / "out/labels"))
+    labels = {json.loads(line)["label"] for line in open(home / "clips/action_test.jsonl")}
+    assert {name.removeprefix("top1_") for name in last if name.startswith("top1_")} == labels
+    assert labels < {json.loads(line)["label"] for line in open(home / "clips/action_train.jsonl")}
+
+
 @pytest.mark.parametrize("flags", [["mc"], ["retrieval"], ["retrieval", "--scoring", "joint"]])
 def test_zero_shot_scores_the_pretrained_model_as_it_is(go, flags):
     first, second = (go(*flags, "--zero-shot")[0] for _ in range(2))
