@@ -291,6 +291,10 @@ class EdgeNeXt(nn.Module):
             x = stage(downsample(x))
         return self.norm(x)
 
+    def start(self, frames):
+        """Sets the norms for weights that start from nothing: frames (B, T, 3, H, W) in [0, 1]."""
+        start_centred(self, normalise(frames, *IMAGENET).flatten(0, 1))
+
 
 def edgenext(config):
     """The video encoder of a Config's sizes."""
@@ -310,10 +314,6 @@ class PictureTags(nn.Module):
         self.video_encoder = edgenext(config)
         self.heads = nn.ModuleList(nn.Linear(config.dims[-1], n) for n in tags)
         self.apply(initialise)
-
-    def start(self, frames):
-        """Sets the norms for weights that start from nothing: frames (B, T, 3, H, W)."""
-        start_centred(self.video_encoder, normalise(frames, *IMAGENET).flatten(0, 1))
 
     def forward(self, frames):
         maps = self.video_encoder(normalise(frames, *IMAGENET).flatten(0, 1))               # (B*T, C, g, g)
@@ -569,10 +569,6 @@ class EViLM(nn.Module):
         self.mlm_head = prediction_head(c.width, c.vocab_rows)
         self.mvm_head = prediction_head(c.width, c.codes)
         self.apply(initialise)
-
-    def start(self, frames):
-        """Sets the video encoder's norms for weights that start from nothing: frames (B, T, 3, H, W)."""
-        start_centred(self.video_encoder, normalise(frames, *IMAGENET).flatten(0, 1))
 
     def encode_video(self, frames):
         """Eq. (1): e^V. (B, T, 3, H, W) in [0, 1] -> (B, N, D), with the sines of time and place."""
@@ -1702,11 +1698,8 @@ def checkpoint_path(path):
     return path if path.suffix == ".pt" else path / "best.pt"
 
 
-def is_ours(path):
-    """Whether a file is a checkpoint of this project, rather than published weights."""
-    if Path(path).suffix == ".safetensors":
-        return False
-    checkpoint = read_torch(Path(path))
+def is_ours(checkpoint):
+    """Whether what `read_torch` read is a checkpoint of this project, rather than published weights."""
     return isinstance(checkpoint, dict) and {"kind", "config"} <= set(checkpoint)
 
 
@@ -1718,7 +1711,7 @@ def load(path, *kinds, hint=""):
     """
     path = checkpoint_path(path)
     checkpoint = read_torch(path, hint)
-    if not isinstance(checkpoint, dict) or "kind" not in checkpoint or "config" not in checkpoint:
+    if not is_ours(checkpoint):
         raise InputError(f"{path}: not a checkpoint of this project")
     if checkpoint["kind"] not in kinds:
         raise InputError(f"{path}: a checkpoint of kind {checkpoint['kind']!r}, where "

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 import pretrain
 from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Run, WordPiece, changed,
-                   common_flags, config_of, configure, contrastive_loss, load, make_optimizer, nearest,
-                   on_device, prefetch, preset_named, ranks_by_cosine, run_script, set_up, vtm_loss,
-                   vtm_targets, without)
+                   checkpoint_path, common_flags, config_of, configure, contrastive_loss, load,
+                   make_optimizer, nearest, on_device, prefetch, preset_named, ranks_by_cosine, run_script,
+                   set_up, vtm_loss, vtm_targets, without)
 from pretrain import read_frames, read_videos, recalls, score_choices, score_retrieval
 from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans
 from train_tokenizer import (batches_left, clips_of, encode_padded, evaluation_loader, make_loader,
@@ -127,7 +127,8 @@ def begin(args, texts, manifest, machine):
         if checkpoint is None:
             pretrain.start_from_nothing(model, manifest, args, machine)
         else:
-            machine.say(pretrain.fill_video(model, args.init))
+            pretrain.copy_video(model, checkpoint, f"--init {args.init}")
+            machine.say(f"video encoder: starts from {checkpoint_path(args.init)}")
         return model, wordpiece
     if checkpoint["settings"].get("scoring") == "fast":
         raise InputError(f"--init {args.init}: was trained for fast retrieval; a task begins from a run of "

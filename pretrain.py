@@ -25,9 +25,9 @@ import train_encoder
 import train_tokenizer
 from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, checkpoint_path, common_flags,
                    config_of, configure, is_ours, load, load_published, make_optimizer, mask_frames,
-                   mask_words, mlm_loss, mvm_loss, prefetch, random_mask, rank_of_truth, run_script, save,
-                   set_up, vtm_loss, vtm_targets)
-from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans
+                   mask_words, mlm_loss, mvm_loss, prefetch, random_mask, rank_of_truth, read_torch,
+                   run_script, save, set_up, vtm_loss, vtm_targets)
+from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans, tags
 from train_tokenizer import (batches_left, between_evaluations, captions_of, clips_of, encode_padded,
                              evaluation_loader, make_loader, make_vocabulary, open_clips, pad, read_words,
                              scale)
@@ -158,15 +158,28 @@ def is_trained(folder):
                                               '"split": "test"' in metrics.read_text())
 
 
-def open_encoder(args, config, manifest, machine):
-    """Sets --init-video where it is left open, and trains an encoder where the folder it names holds none."""
-    if args.init_video == "auto":
-        known = config.preset == "toy" and any(map(train_encoder.tags, islice(manifest, 100)))
-        args.init_video = "runs/encoder" if known else "none"
-    path = Path(args.init_video)
-    if args.init_video != "none" and not path.suffix and not is_trained(path) and not args.resume:
-        machine.say(f"no trained encoder in {path}: training it first (python train_encoder.py)")
-        train_encoder.train(train_encoder.parse(stage_flags(args, path)), machine)
+def train_first(stage, folder, args, machine):
+    """Trains an earlier stage, a module of its own, where its run's folder holds no trained model."""
+    if not is_trained(folder):
+        machine.say(f"no trained {stage.__name__.removeprefix('train_')} in {folder}: training it first "
+                    f"(python {stage.__name__}.py)")
+        stage.train(stage.parse(stage_flags(args, folder)), machine)
+
+
+def shows_pictures(config, manifest):
+    """Whether there are tags for a video encoder to start from, and no published weights of its size."""
+    return config.preset == "toy" and any(map(tags, islice(manifest, 100)))
+
+
+def names_file(path):
+    """Whether --init-video names a file; else it is a run's folder, which may still have to be made."""
+    return Path(path).suffix != "" and not Path(path).is_dir()
+
+
+def open_encoder(args, machine):
+    """Trains the video encoder that --init-video names, where it names a folder that holds none."""
+    if args.init_video != "none" and not names_file(args.init_video) and not args.resume:
+        train_first(train_encoder, Path(args.init_video), args, machine)
 
 
 def open_tokenizer(args, config, wordpiece, machine):
@@ -178,9 +191,8 @@ def open_tokenizer(args, config, wordpiece, machine):
     named = args.tokenizer.endswith(".pt")
     if named and not path.exists():
         raise InputError(f"--tokenizer {path}: there is no such checkpoint")
-    if not named and not is_trained(path.parent):
-        machine.say(f"no trained tokenizer in {path.parent}: training it first (python train_tokenizer.py)")
-        train_tokenizer.train(train_tokenizer.parse(stage_flags(args, path.parent)), machine)
+    if not named:
+        train_first(train_tokenizer, path.parent, args, machine)
     checkpoint = load(path, "tokenizer")
     for what, theirs, ours in (("preset", checkpoint["config"]["preset"], config.preset),
                                ("frame size", checkpoint["config"]["size"], config.size),
@@ -504,8 +516,10 @@ def train(args, machine):
     config = configure(args)
     splits = open_clips(args, machine)
     wordpiece, config = make_vocabulary(args, config, captions_of(splits["train"]), machine)
+    if args.init_video == "auto":
+        args.init_video = "runs/encoder" if shows_pictures(config, splits["train"]) else "none"
     rehearse(config, wordpiece, args)
-    open_encoder(args, config, splits["train"], machine)
+    open_encoder(args, machine)
     tokenizer, folder = open_tokenizer(args, config, wordpiece, machine)
     if tokenizer is not None:
         config = replace(config, codes=tokenizer.config.codes)
@@ -580,7 +594,7 @@ def learn(model, batch, args, machine):
 
 def rehearse(config, wordpiece, args):
     """Fills encoders without numbers: a file that does not fit is told of before a tokenizer is trained."""
-    if (args.init_video not in ("auto", "none") or args.init_text) and not args.resume:
+    if (args.init_video != "none" or args.init_text) and not args.resume:
         with torch.device("meta"):
             model = EViLM(config)
         fill_encoders(model, wordpiece, args)
@@ -589,7 +603,7 @@ def rehearse(config, wordpiece, args):
 def fill_encoders(model, wordpiece, args):
     """The weights that --init-video and --init-text name -> reports of what was filled."""
     reports = []
-    if args.init_video not in ("auto", "none"):
+    if args.init_video != "none":
         reports.append(fill_video(model, args.init_video))
     if args.init_text:
         model.vocab = wordpiece.vocab
@@ -597,29 +611,34 @@ def fill_encoders(model, wordpiece, args):
     return reports
 
 
-@torch.no_grad()
 def fill_video(model, path):
     """Weights of the video encoder, train_encoder.py's or published ones -> a report of what was filled."""
-    if Path(path).suffix and not Path(path).is_dir() and not is_ours(path):
+    if names_file(path) and (Path(path).suffix == ".safetensors" or not is_ours(read_torch(Path(path)))):
         return load_published(model.video_encoder, path)
-    path, prefix = checkpoint_path(path), "video_encoder."
+    path = checkpoint_path(path)
     if path.exists():               # else it is still to be trained
-        found = {name.removeprefix(prefix): weight for name, weight in load(path, "encoder")["model"].items()}
-        wanted = model.video_encoder.state_dict()
-        if any(name not in found or found[name].shape != wanted[name].shape for name in wanted):
-            raise InputError(f"--init-video {path}: an encoder of other sizes than this run's; train one for "
-                             "it (train_encoder.py --out DIR) and name it")
-        for name, weight in wanted.items():
-            weight.copy_(found[name])
+        copy_video(model, load(path, "encoder"), f"--init-video {path}")
     return f"video encoder: starts from {path}"
 
 
+@torch.no_grad()
+def copy_video(model, checkpoint, named):
+    """The video encoder of a checkpoint of train_encoder.py; `named` by this flag, for a message."""
+    found, prefix = checkpoint["model"], "video_encoder."
+    wanted = model.video_encoder.state_dict(prefix=prefix)
+    if any(name not in found or found[name].shape != weight.shape for name, weight in wanted.items()):
+        raise InputError(f"{named}: an encoder of other sizes than this run's; train one for it "
+                         "(train_encoder.py --out DIR) and name it")
+    for name, weight in wanted.items():
+        weight.copy_(found[name])
+
+
 def start_from_nothing(model, manifest, args, machine, clips=64):
-    """`EViLM.start` on the first training clips, the same on all processes."""
+    """`EdgeNeXt.start` on the first training clips, the same on all processes."""
     if not args.resume:
         frames, _ = read_videos(manifest, [manifest[i] for i in range(len(manifest))[:clips]], model.config)
         if len(frames):
-            model.start(scale(frames.to(machine.device)))
+            model.video_encoder.start(scale(frames.to(machine.device)))
 
 
 def label_source(online, folder, clips, config, args, machine):

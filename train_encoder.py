@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from evilm import (InputError, PictureTags, Run, common_flags, configure, load, make_optimizer, prefetch,
                    run_script, set_up)
 from toy_data import DataError, Manifest, pictures, tags
-from train_tokenizer import (batches_left, between_evaluations, clips_of, evaluation_loader, make_loader,
-                             open_clips, scale)
+from train_tokenizer import (batches_left, between_evaluations, clips_of, evaluation_loader, first_frames,
+                             make_loader, open_clips, scale)
 
 STILLS = 2          # of a clip, in one step
 
@@ -91,8 +91,7 @@ def train(args, machine):
     torch.manual_seed(args.seed)
     model = PictureTags(config, [len(names) for names in collate.names.values()]).to(machine.device)
     if not args.resume:
-        first = evaluation_loader(splits["train"], collate, config, args, machine.alone(), 64, 64)
-        model.start(scale(next(iter(first))["frames"].to(machine.device)))
+        model.video_encoder.start(first_frames(splits["train"], collate, config, args, machine, 64))
     optimizer = make_optimizer(model, args.lr, config.weight_decay, machine.device)
     run = Run(args, "encoder", config, collate.names, (), machine)
     run.start(model, optimizer, args.resume)

@@ -157,6 +157,12 @@ def evaluation_loader(manifest, collate, config, args, machine, most=MOST_EVALUA
                        args, machine)
 
 
+def first_frames(manifest, collate, config, args, machine, clips):
+    """Frames of a split's first clips, (B, T, 3, H, W) in [0, 1], the same on all processes."""
+    loader = evaluation_loader(manifest, collate, config, args, machine.alone(), clips, clips)
+    return scale(next(iter(loader))["frames"].to(machine.device))
+
+
 def scale(frames):
     """uint8 frames, as they travel, -> [0, 1]."""
     return frames.float() / 255
@@ -259,8 +265,7 @@ def train(args, machine):
     if args.init_tokenizer and not args.resume:
         machine.say(load_published(tokenizer.encoder, args.init_tokenizer))
     elif tokenizer.sees_neighbours and not args.resume:
-        first = evaluation_loader(splits["train"], collate, config, args, machine.alone(), 32, 32)
-        tokenizer.start(scale(next(iter(first))["frames"].to(machine.device)))
+        tokenizer.start(first_frames(splits["train"], collate, config, args, machine, 32))
     optimizer = make_optimizer(tokenizer, args.lr, config.weight_decay, machine.device)
     run = Run(args, "tokenizer", config, wordpiece.vocab, ("loss", "revive_after", "init_tokenizer"), machine)
     run.start(tokenizer, optimizer, args.resume)

@@ -100,14 +100,15 @@ class Runs:
         return self.run(f"tokenizer{short(flags)}-{seed}", "train_tokenizer.py", "--seed", str(seed),
                         *flags.split())
 
-    def pretrained(self, objectives, seed, flags="", tokenizer="", pictures=True):
-        """`flags` are pretraining's, `tokenizer` its tokenizer's; its encoder starts from `pictures` or not."""
+    def pretrained(self, objectives, seed, flags="", tokenizer=""):
+        """`flags` are pretraining's, `tokenizer` its tokenizer's."""
         wanted = ["--objectives", objectives, "--max-steps", str(PRETRAIN), "--lr", str(PRETRAIN_LR),
-                  "--seed", str(seed), "--keep-at", ",".join(map(str, POINTS)), *flags.split(),
-                  "--init-video", str(self.encoder(seed, flags)) if pictures else "none"]
+                  "--seed", str(seed), "--keep-at", ",".join(map(str, POINTS)), *flags.split()]
+        if "--init-video" not in flags:
+            wanted += ["--init-video", str(self.encoder(seed, flags))]
         wanted += ["--tokenizer", str(self.tokenizer(seed, tokenizer)) if "mvm" in objectives else "none"]
-        name = f"pretrain-{objectives}{short(flags)}{short(tokenizer)}{'' if pictures else '-nothing'}-{seed}"
-        return self.run(name, "pretrain.py", *wanted)
+        return self.run(f"pretrain-{objectives}{short(flags)}{short(tokenizer)}-{seed}", "pretrain.py",
+                        *wanted)
 
     def tuned(self, task, init, seed, name, *flags):
         steps = PROBE if task == "probe" else FINE_TUNE
@@ -128,12 +129,11 @@ class Runs:
         lr = max(LEARNING_RATES, key=best_on_val)
         return self.tuned(task, self.encoder(seed), seed, "from-pictures", "--lr", str(lr))
 
-    def with_tokenizer(self, flags, task, seed, pictures=True):
+    def with_tokenizer(self, its, task, seed, flags=""):
         """A task fine-tuned from a model pretrained with that tokenizer, or without one where it is None."""
-        objectives = ROWS["VTM+MLM" if flags is None else "VTM+MLM+MVM"]
-        init = self.pretrained(objectives, seed, tokenizer=flags or "", pictures=pictures) / "best.pt"
-        name = f"from-{objectives}{short(flags or '')}{'' if pictures else '-nothing'}"
-        return self.tuned(task, init, seed, name)
+        objectives, its = ROWS["VTM+MLM" if its is None else "VTM+MLM+MVM"], its or ""
+        init = self.pretrained(objectives, seed, flags, its) / "best.pt"
+        return self.tuned(task, init, seed, f"from-{objectives}{short(flags)}{short(its)}")
 
     def at(self, objectives, point, task, seed):
         """Fig. 6: the model at a share of its pretraining, probed, or scored on multiple choice untrained."""
@@ -179,7 +179,7 @@ def tables(runs):
               *[(partial(runs.with_tokenizer, flags, task), "top1") for task in ("probe", "qa")]]
         for row, flags in TOKENIZERS.items()}
     yield "from-nothing", ["probe", "QA"], {
-        row: [(partial(runs.with_tokenizer, TOKENIZERS[row], task, pictures=False), "top1")
+        row: [(partial(runs.with_tokenizer, TOKENIZERS[row], task, flags="--init-video none"), "top1")
               for task in ("probe", "qa")] for row in ("none", "pixels", "ViT, focal")}
     yield "losses", ["word_recall", "word_recall_macro", "codebook_usage"], {
         row: [(partial(runs.tokenizer, flags=flags), score)

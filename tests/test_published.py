@@ -441,7 +441,7 @@ def run(script, flags, home, monkeypatch, steps=1):
 
 def test_pretraining_starts_from_published_weights(home, edgenext, bert, monkeypatch, capsys):
     flags = f"{PAPER_FLAGS} {TEXT_FLAGS} --init-video edgenext.pth --out run"
-    monkeypatch.setattr(EViLM, "start", lambda *_: pytest.fail("the loaded encoder's norms were set anew"))
+    monkeypatch.setattr(EdgeNeXt, "start", lambda *_: pytest.fail("the loaded encoder's norms were set anew"))
     run(pretrain, flags, home, monkeypatch)
     said, checkpoint = capsys.readouterr().out, torch.load(home / "run/last.pt", weights_only=True)
     w, vocab, theirs = checkpoint["model"], checkpoint["vocab"], (home / "vocab.txt").read_text().split()
@@ -467,7 +467,7 @@ def test_pretraining_starts_from_published_weights(home, edgenext, bert, monkeyp
 
 def test_one_encoder_alone_can_start_from_published_weights(home, monkeypatch):
     started = []
-    monkeypatch.setattr(EViLM, "start", lambda *_: started.append(True))
+    monkeypatch.setattr(EdgeNeXt, "start", lambda *_: started.append(True))
     run(pretrain, f"{PAPER_FLAGS} {TEXT_FLAGS} --out text", home, monkeypatch)
     assert started
 

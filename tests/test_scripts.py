@@ -34,6 +34,7 @@ def run(script, *flags, folder, expect=0):
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
             sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            signal.alarm(200)               # ends what hangs
             os._exit(status_of(script, flags, folder))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         said.seek(0)
