@@ -1028,21 +1028,33 @@ class Choice(nn.Module):
     frames (B, T, 3, H, W), ids and mask (B, O, L): O texts a clip -> logits (B, O * outputs). A question has
     one text and an output an answer; multiple choice has a text an option and one output. Without frames
     (None) only the texts are seen: the question-only model.
+
+    With `says` the head of MLM stays: `forward` then also takes (ids, mask, hidden), each (B, L), of the
+    right option with its words hidden, and gives these words' logits (n, K). The paper has no such loss here.
     """
 
-    def __init__(self, model, outputs):
+    def __init__(self, model, outputs, says=False):
         super().__init__()
-        self.model = without(model, "vtm_head", "mlm_head", "mvm_head")
+        self.model = without(model, "vtm_head", "mvm_head", *["mlm_head"] * (not says))
         self.head = nn.Linear(model.config.width, outputs)
         initialise(self.head)
         if outputs == 1:            # begins where zero-shot scoring ends: the difference of the 2-way logits
             matched = model.vtm_head.weight.detach()
             self.head.weight.data.copy_(matched[1:] - matched[:1])
 
-    def forward(self, frames, ids, mask):
+    def forward(self, frames, ids, mask, right=None):
+        video = None if frames is None else self.model.encode_video(frames)                 # once a clip
+        logits = None if ids is None else self.compare(video, ids, mask)
+        if right is None:
+            return logits
+        ids, mask, hidden = right
+        h_text = self.model.fuse(video, self.model.encode_text(ids, mask), mask)[1]
+        return logits, self.model.mlm_head(h_text[hidden])[:, :self.model.config.words]
+
+    def compare(self, video, ids, mask):
         B, O, _ = ids.shape
         ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)
-        video = None if frames is None else self.model.encode_video(frames).repeat_interleave(O, 0)
+        video = None if video is None else video.repeat_interleave(O, 0)
         h_cls = self.model.fuse(video, self.model.encode_text(ids, mask), mask)[0]
         return self.head(self.model.pooler(h_cls)).view(B, -1)
 
@@ -1531,11 +1543,12 @@ class Machine:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
-    def wrap(self, model, compiled):
+    def wrap(self, model, compiled, idle=False):
         """The model as it is called in training: compiled where asked for, and over several processes by
-        PyTorch's DistributedDataParallel, which averages their gradients."""
+        PyTorch's DistributedDataParallel, which averages their gradients. `idle`: some steps leave parts of
+        it out."""
         model = torch.compile(model, dynamic=True) if compiled else model
-        return DistributedDataParallel(model) if self.world > 1 else model
+        return DistributedDataParallel(model, find_unused_parameters=idle) if self.world > 1 else model
 
     def parts(self, model, batch, parts):
         """A batch cut by clips for --accumulate: (part, context). Gradients meet after the last alone."""
@@ -1821,9 +1834,11 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.check_finite()
 
-    def set_learning_rate(self, peak, warmup):
+    def set_learning_rate(self, peak, warmup, turn=0):
+        """The schedule's rate at this step; at step `turn` the schedule begins anew."""
+        begin, end = (0, turn) if self.step < turn else (turn, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate(self.step, self.steps, peak, warmup)
+            group["lr"] = group["factor"] * learning_rate(self.step - begin, end - begin, peak, warmup)
 
     def generator(self):
         """A generator on the CPU for this step, the same on all processes."""

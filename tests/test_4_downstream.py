@@ -1,4 +1,5 @@
 """Section 4, downstream tasks: the heads against plain calculations, then each task on a few clips."""
+import argparse
 import json
 import math
 import os
@@ -63,6 +64,24 @@ def test_a_question_has_a_logit_an_answer_and_without_frames_only_the_text_count
         seen, other, blind = (head(f, ids, mask) for f in (clips(tiny), clips(tiny), None))
     assert seen.shape == blind.shape == (3, 7)
     assert not torch.allclose(seen, other) and not torch.allclose(seen, blind)
+
+
+def test_the_right_options_words_are_filled_in_by_the_head_of_mlm(tiny, model):
+    frames, (ids, mask) = clips(tiny), texts(tiny, options=5)
+    hidden = torch.zeros(3, tiny.max_words, dtype=torch.bool)
+    hidden[0, 2], hidden[2, 3:5] = True, True
+    head = Choice(model, 1, says=True).eval()
+    with torch.no_grad():
+        alone, said = head(frames, None, None, right=(ids[:, 1], mask[:, 1], hidden))
+        logits, again = head(frames, ids, mask, right=(ids[:, 1], mask[:, 1], hidden))
+        h = model.fuse(model.encode_video(frames), model.encode_text(ids[:, 1], mask[:, 1]), mask[:, 1])[1]
+        expected = torch.stack([model.mlm_head(h[i, j]) for i, j in ((0, 2), (2, 3), (2, 4))])
+        torch.testing.assert_close(said, expected[:, :tiny.words], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits, head(frames, ids, mask))
+    assert alone is None and torch.equal(said, again)
+    trained = {name for name, p in head.named_parameters() if p.requires_grad}
+    assert any("mlm_head" in name for name in trained) and not any("vtm_head" in name for name in trained)
+    assert not Choice(model, 1).model.mlm_head[0].weight.requires_grad
 
 
 def test_44_fast_retrieval_is_the_decoder_on_each_side_alone(tiny, model):
@@ -155,6 +174,41 @@ def test_two_options_that_score_the_same_are_no_answer():
     assert finetune.most_likely(torch.tensor([[1., 3., 2.], [3., 3., 1.]])).tolist() == [1, -2]
 
 
+def options_task(tiny, first=0.6):
+    """Options over two rows, as finetune.py builds them, and their batch."""
+    rows = [{"question": "what does it do?", "options": ["hops", "keeps moving up", "stops", "hops up", "up"],
+             "answer": 1}, {"question": "what is it?", "options": list("abcde"), "answer": 4}]
+    wordpiece = WordPiece.from_captions([" ".join([r["question"], *r["options"]]) for r in rows])
+    task = finetune.Options(argparse.Namespace(see="both", set="action", mlm_first=first), {})
+    task.wordpiece, task.config = wordpiece, replace(tiny, words=len(wordpiece))
+    frames = torch.randint(256, (tiny.frames, 3, tiny.size, tiny.size), dtype=torch.uint8)
+    return task, task([{"row": row, "frames": frames, "broken": []} for row in rows])
+
+
+def test_the_hidden_words_are_those_of_the_right_option(tiny):
+    task, batch = options_task(tiny)
+    right = batch["ids"][torch.arange(2), batch["targets"]]
+    hidden = [[task.wordpiece.vocab[i] for i in ids[words].tolist()]
+              for ids, words in zip(right, batch["words"])]
+    assert hidden == [["keeps", "moving", "up"], ["e"]]
+
+
+def test_words_come_first_then_options_as_well(tiny, randomise):
+    task, batch = options_task(tiny)
+    model = task.head(randomise(EViLM(task.config))).eval()
+    losses = []
+    for task.begun in (False, True):
+        losses.append(float(task.loss(model, batch).detach()))
+    chosen = torch.nn.functional.cross_entropy(task.logits(model, batch), batch["targets"])
+    assert losses[1] - losses[0] == pytest.approx(float(chosen.detach()), rel=1e-4)
+    right = batch["ids"][torch.arange(2), batch["targets"]].clone()
+    mask = batch["mask"][torch.arange(2), batch["targets"]]
+    truth, right[batch["words"]] = right[batch["words"]], 4
+    with torch.no_grad():
+        said = model(batch["frames"] / 255, None, None, (right, mask, batch["words"]))[1].log_softmax(1)
+    assert losses[0] == pytest.approx(float(-said[range(4), truth].sum() / 2), rel=1e-4), "a mean over clips"
+
+
 # ------------------------------------------------------------------------------------------------------ tasks
 
 
@@ -240,13 +294,15 @@ def test_a_resumed_run_ends_with_the_same_weights(go, home, flags, monkeypatch):
         shutil.rmtree(home / name)
 
 
-@pytest.mark.parametrize("task", ["retrieval", pytest.param("qa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", ["retrieval", *[pytest.param(task, marks=pytest.mark.slow) for task in (
+    "qa", "mc --set action --mlm-first 0.5")]])
 def test_two_processes_train_to_the_weights_of_one(go, home, task):
-    go(task, "--out", f"one-{task}", "--batch-size", "16")
+    task, *flags = task.split()
+    go(task, *flags, "--out", f"one-{task}", "--batch-size", "16")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
                 "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", finetune.__file__, task]
-    flags = f"--data clips --workers 0 --device cpu --max-steps 3 --batch-size 16 --out two-{task}"
-    done = subprocess.run([*torchrun, *flags.split()], cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    flags += f"--data clips --workers 0 --device cpu --max-steps 3 --batch-size 16 --out two-{task}".split()
+    done = subprocess.run([*torchrun, *flags], cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"},
                           timeout=200, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(home / f"{name}-{task}/last.pt", weights_only=True)["model"]

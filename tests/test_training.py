@@ -69,6 +69,15 @@ def test_the_video_encoder_can_have_a_rate_of_its_own(tiny):
             assert rate[id(p)] == pytest.approx(share * whole), name
 
 
+def test_a_schedule_can_begin_anew():
+    run = SimpleNamespace(optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), steps=100)
+    run.optimizer.param_groups[0]["factor"] = 1.0
+    for run.step, expected in ((0, learning_rate(0, 60, 2.0, 0.1)), (59, learning_rate(59, 60, 2.0, 0.1)),
+                               (60, learning_rate(0, 40, 2.0, 0.1)), (99, learning_rate(39, 40, 2.0, 0.1))):
+        Run.set_learning_rate(run, 2.0, 0.1, turn=60)
+        assert run.optimizer.param_groups[0]["lr"] == expected
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
