@@ -38,15 +38,16 @@ from train_tokenizer import (batches_left, clips_of, encode_padded, evaluation_l
 SETTINGS = {
     "qa": {"toy": {"epochs": 2, "lr": 1e-3, "batch_size": 32},
            "paper": {"epochs": 10, "lr": 5e-5, "batch_size": 64}},
-    "mc": {"toy": {"epochs": 12, "lr": 1e-3, "batch_size": 16, "mlm_first": 0.6},
-           "paper": {"epochs": 20, "lr": 5e-5, "batch_size": 32, "mlm_first": 0.0}},
+    "mc": {"toy": {"epochs": 12, "lr": 1e-3, "batch_size": 16, "mlm_first": 0.6,
+                   "config": ["video_positions=3"]},        # where things are counts more: questions of motion
+           "paper": {"epochs": 20, "lr": 5e-5, "batch_size": 32, "mlm_first": 0.0, "config": []}},
     "retrieval": {"toy": {"epochs": 5, "lr": 1e-3, "batch_size": 64},
                   "paper": {"epochs": 200, "lr": 3e-4, "batch_size": 128}},
     "probe": {"toy": {"epochs": 30, "lr": 1e-3, "batch_size": 128},
               "paper": {"epochs": 100, "lr": 1e-3, "batch_size": 1024}},
 }
 # Captions are what pretraining was about, and the toy set has three times as many of them as questions.
-MC_CAPTION = {"toy": {"epochs": 2, "mlm_first": 0.0}, "paper": {}}
+MC_CAPTION = {"toy": {"epochs": 2, "mlm_first": 0.0, "config": []}, "paper": {}}
 VIDEO_SUFFIXES = {".gif", ".webp", ".apng", ".npy", ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg"}
 PICTURED = 12           # clips on a sheet of answers
 
@@ -524,6 +525,7 @@ def settle(args):
     preset_named(args.preset)
     files = f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files
     settings = SETTINGS[args.task][args.preset] | (MC_CAPTION[args.preset] if files == "mc_caption" else {})
+    args.config = settings.pop("config", []) + args.config
     for name, value in settings.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
