@@ -13,20 +13,22 @@ the paper's.
     3.2   masked frames and words           block_mask, mask_frames, mask_words
     (3)   L_MVM                             mvm_loss
     (4)   nearest code                      VectorQuantizer
-    (5)   averaged output, word logits      SemanticTokenizer.forward
+    (5)   averaged output, word logits      SemanticTokenizer.read_words
     (6)   L_TOKEN, focal                    focal_loss
     (7)   L_SVQ                             VectorQuantizer, train_tokenizer.py
     (8)   L = L_MLM + L_VTM + L_MVM         EViLM.forward, pretrain.py
-    4     R@K, multiple choice              rank_of_truth, EViLM.match
+    4.1   settings                          Config.paper, make_optimizer, learning_rate
+    4.1   weights that others published     load_published
+    4.2   R@K, multiple choice, zero-shot   rank_of_truth, EViLM.match
+    4.2   questions, options; linear probe  Choice, LinearProbe
     4.3   other tokenizers: VideoSwin       VideoSwin, SwinBlock, WindowAttention
     4.3   ... of pixels, as DALL-E's        SemanticTokenizer.draw_pixels
-    4.2   questions, options; linear probe  Choice, LinearProbe
     4.4   fast retrieval                    FastRetrieval, contrastive_loss, ranks_by_cosine
-    4.1   weights that others published     load_published
-    T.8   parameters; a clip's way through  table8, trace
+    4.5   Table 8; a clip's way through     table8, multiply_adds, trace
 
 Shapes: B clips, T frames, L words, g cells a side, N = T*g*g cells, D the decoder's width, K words, M codes.
-A mask is True where something is there (a real word); `chosen` is True where something was masked.
+A mask is True where something is there (a real word); `chosen`, and what block_mask makes, where something
+was masked.
 """
 import argparse
 import contextlib
@@ -60,7 +62,11 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Config:
-    """Every size and training setting; `Config.paper()` is section 4.1, `Config.toy()` fits a laptop."""
+    """Every size and training setting; `Config.paper()` is section 4.1, `Config.toy()` fits a laptop.
+
+    Where 4.1 gives no number: the language encoder's depth follows from Table 8's count, the decoder's heads
+    and inner width and the dropout are BERT's, 30 words cover WebVid's captions.
+    """
     preset: str = "paper"
     frames: int = 4                     # T, sparsely sampled (4.1)
     size: int = 256                     # pixels a side; a cell is 32x32, so g = size / 32
@@ -127,6 +133,7 @@ class Config:
     # point, where Eq. (7) costs nothing. Then words are learned first, for a share of the steps, from E(X)
     # unquantized.
     tokenizer_warm: float = 0.0
+    tokenizer_revive: int = 0           # steps after which a code that no cell chose is moved; 0: never
     word_weight: float = 1.0            # factor on L_TOKEN in Eq. (7), small beside the code terms by its 1/K
     pixel_weight: float = 200.0         # the same of pixels: their gradient at E(X) is then as strong
 
@@ -151,10 +158,10 @@ class Config:
                    positions=64, text_width=64, text_layers=2, text_heads=4, max_words=24, width=128,
                    decoder_layers=2, decoder_heads=4, decoder_pre_norm=True, dropout=0.0, codes=64,
                    code_dim=16, vit_width=96, vit_layers=3, vit_heads=4, tokenizer_width=96,
-                   tokenizer_layers=2, tokenizer_heads=4, tokenizer_warm=0.4, word_weight=30.0, augment=False,
-                   batch_size=32, epochs=6, lr=1.5e-3, video_lr=0.1, mask_ratio=0.25, tokenizer_epochs=2,
-                   tokenizer_batch_size=32, tokenizer_lr=1e-3, swin_dim=16, swin_depths=(1, 2, 2, 1),
-                   swin_heads=(1, 2, 4, 8), swin_window=(4, 4, 4))
+                   tokenizer_layers=2, tokenizer_heads=4, tokenizer_warm=0.4, tokenizer_revive=20,
+                   word_weight=30.0, augment=False, batch_size=32, epochs=6, lr=1.5e-3, video_lr=0.1,
+                   mask_ratio=0.25, tokenizer_epochs=2, tokenizer_batch_size=32, tokenizer_lr=1e-3,
+                   swin_dim=16, swin_depths=(1, 2, 2, 1), swin_heads=(1, 2, 4, 8), swin_window=(4, 4, 4))
 
 
 # ---------------------------------------------------------------------------------------------- Video encoder
@@ -520,8 +527,9 @@ def initialise(module):
 def start_centred(network, *inputs):
     """A start from nothing, on real inputs: over them each norm then gives all channels mean 0, deviation 1.
 
-    Not in the paper, whose encoders start from ImageNet's and CLIP's weights. A norm over channels leaves
-    what all cells share, their brightness above all, and at random weights the later layers see little else:
+    Not in the paper, whose tokenizers start from CLIP's and Kinetics' weights; of EdgeNeXt, published with
+    ImageNet's, it does not say. A norm over channels leaves what all cells share, their brightness above all,
+    and at random weights the later layers see little else:
     on the synthetic set the toy encoder then learns colours at once and shapes hardly. After Mishkin and
     Matas, "All you need is a good init", 2016.
     """
@@ -571,7 +579,10 @@ class EViLM(nn.Module):
         self.apply(initialise)
 
     def encode_video(self, frames):
-        """Eq. (1): e^V. (B, T, 3, H, W) in [0, 1] -> (B, N, D), with the sines of time and place."""
+        """Eq. (1): e^V. (B, T, 3, H, W) in [0, 1] -> (B, N, D), with the sines of time and place.
+
+        The paper writes I_0 to I_T, which would be T + 1 frames; 4.1 has T = 4.
+        """
         B, T = frames.shape[:2]
         maps = self.video_encoder(normalise(frames, *IMAGENET).flatten(0, 1))               # (B*T, C, g, g)
         cells = self.video_proj(maps.permute(0, 2, 3, 1).flatten(1, 2)).reshape(B, -1, self.config.width)
@@ -607,10 +618,10 @@ class EViLM(nn.Module):
         return logits[:, 1] - logits[:, 0]
 
     def forward(self, frames, ids, mask, words=None, cells=None, mismatched=None):
-        """One masked pass for all objectives of Eq. (8).
+        """One masked pass for all objectives of Eq. (8); the paper does not say how many a step takes.
 
-        frames (B, T, 3, H, W), ids and mask (B, L): masked where an objective masks. `words` (B, L) and
-        `cells` (B, N) are True where something was masked and is to be predicted; `mismatched` is (ids, mask)
+        frames (B, T, 3, H, W) and ids (B, L) have masked what is to be predicted; mask (B, L) is the text's.
+        `words` (B, L) and `cells` (B, N) are True where something was masked; `mismatched` is (ids, mask)
         of one wrong caption a clip, of the same L. Returns (vtm (2B, 2): the matched pairs, then the
         mismatched; mlm (words masked, K); mvm (cells masked, M)), None for each that was not asked for.
         """
@@ -634,8 +645,8 @@ def block_mask(n, grid, ratio, generator):
     """Block-wise masking (4.1, after BEiT): bool (n, grid, grid), in each exactly round(ratio * grid^2) True.
 
     Rectangles of log-uniform aspect within [0.3, 1/0.3] and of at least max(1, target // 5) cells are laid
-    until the count is reached; of the last one only as many new cells count as are still wanted, from its
-    first cell on or from its last one back.
+    until the count is reached; the last one is trimmed, from either end, to the exact count. The paper does
+    not say whether frames share their blocks: here each frame has its own, at the full ratio.
     """
     target = round(ratio * grid * grid)
     smallest = max(1, target // 5)
@@ -665,7 +676,8 @@ def random_mask(n, grid, ratio, generator):
 
 
 def mask_frames(frames, chosen):
-    """Zeros over the chosen cells (3.2). frames (B, T, 3, H, W) in [0, 1], chosen (B, T, g, g) -> frames."""
+    """Zeros over the chosen cells (3.2), black before any normalisation. frames (B, T, 3, H, W) in [0, 1],
+    chosen (B, T, g, g) -> frames."""
     scale = frames.shape[-1] // chosen.shape[-1]
     pixels = chosen.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
     return frames.masked_fill(pixels[:, :, None], 0.0)
@@ -1061,7 +1073,9 @@ class Choice(nn.Module):
 
 class FastRetrieval(nn.Module):
     """Fast retrieval (4.4): text alone and video alone go through the decoder, and their pooled h^CLS are
-    compared by cosine. -> unit vectors (B, D) of frames (B, T, 3, H, W) and of ids, mask (B, L)."""
+    compared by cosine. -> unit vectors (B, D) of frames (B, T, 3, H, W) and of ids, mask (B, L), and what the
+    cosines are multiplied by in `contrastive_loss`. The paper names neither loss nor temperature; both are
+    CLIP's."""
 
     def __init__(self, model):
         super().__init__()
@@ -1465,6 +1479,8 @@ def common_flags(description, stage="", settings=None):
         "(harder mismatched captions), video_positions=0; may be given several times")
     add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions "
         "are kept (default: a vocabulary is made from the training captions)")
+    add("--vocab-captions", metavar="FILE", help="captions, one a line, by which --vocab is cut, or a "
+        "vocabulary made: the paper takes COCO's (default: the training captions)")
     return parser
 
 
@@ -1497,6 +1513,9 @@ def changed(config, changes):
             config = replace(config, **{name: value})
         except ValueError:
             raise InputError(f"--config {change}: give {name} like {getattr(config, name)!r}") from None
+    if not 3 <= config.max_words <= config.positions:
+        raise InputError(f"--config max_words={config.max_words}: from 3 to {config.positions}, the "
+                         "positions that the language encoder has")
     return config
 
 
@@ -1810,10 +1829,7 @@ class Run:
         machine, began = self.machine, time.perf_counter()
         with tqdm(total=self.steps, initial=self.step, unit="step", disable=not machine.main) as bar:
             for batch, waited in prefetch(loader, machine.device):
-                for line in batch.pop("broken"):
-                    if line not in self.broken:
-                        machine.say(f"broken clip, replaced: {line}")
-                    self.broken.add(line)
+                self.note(batch.pop("broken"), "replaced")
                 # Dropout depends on the step alone, so that a resumed run draws the same.
                 torch.manual_seed(self.seed * 1_000_003 + self.step * machine.world + machine.rank)
                 yield batch
@@ -1833,6 +1849,13 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)    # what follows is made again by --resume
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.check_finite()
+
+    def note(self, lines, what_became):
+        """Names each broken clip once, and counts it."""
+        for line in dict.fromkeys(lines):
+            if line not in self.broken:
+                self.machine.say(f"broken clip, {what_became}: {line}")
+            self.broken.add(line)
 
     def set_learning_rate(self, peak, warmup, turn=0):
         """The schedule's rate at this step; at step `turn` the schedule begins anew."""
@@ -1905,7 +1928,11 @@ def table8(config):
             ("Token Type Emb. Layer", model.token_type, "1.2K"),
             ("Visual Encoder", model.video_encoder, "5.3M"), ("Visual MLP Layer", model.video_proj, "117K"),
             ("Multi-Modal Decoder", model.decoder, "7.1M"),
-            ("Multi-modal Pooling Layer", model.pooler, "147K"), ("CLS HEAD", model.vtm_head, "770")]
+            ("Multi-modal Pooling Layer", model.pooler, "147K"),
+            ("CLS HEAD", model.vtm_head, "770")]        # "(VQA)" in the paper, but 2*384 + 2 is matching's
+    # 4.1 gives EdgeNeXt 5.59M parameters: the 5,281,832 here and ImageNet's head of 305,000.
+    if config.decoder_pre_norm:
+        rows.append(("... its norm, after pre-norm", model.decoder_norm, "-"))
 
     def count(part):
         return part.numel() if torch.is_tensor(part) else sum(p.numel() for p in part.parameters())

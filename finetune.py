@@ -15,6 +15,7 @@ import argparse
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -26,9 +27,9 @@ from tqdm import tqdm
 import pretrain
 from evilm import (MASK, Choice, EViLM, FastRetrieval, InputError, LinearProbe, Run, WordPiece, changed,
                    checkpoint_path, common_flags, config_of, configure, contrastive_loss, load,
-                   make_optimizer, mlm_loss, nearest, on_device, prefetch, preset_named, ranks_by_cosine,
-                   run_script, set_up, vtm_loss, vtm_targets, without)
-from pretrain import read_frames, read_videos, recalls, score_choices, score_retrieval
+                   make_optimizer, mlm_loss, nearest, on_device, positive, prefetch, preset_named,
+                   ranks_by_cosine, run_script, set_up, vtm_loss, vtm_targets, without)
+from pretrain import read_frames, read_videos, recalls, score_retrieval
 from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans
 from train_tokenizer import (batches_left, clips_of, encode_padded, evaluation_loader, make_loader,
                              make_vocabulary, open_clips, pad, scale)
@@ -39,7 +40,7 @@ SETTINGS = {
     "qa": {"toy": {"epochs": 2, "lr": 1e-3, "batch_size": 32},
            "paper": {"epochs": 10, "lr": 5e-5, "batch_size": 64}},
     "mc": {"toy": {"epochs": 12, "lr": 1e-3, "batch_size": 16, "mlm_first": 0.6,
-                   "config": ["video_positions=3"]},        # where things are counts more: questions of motion
+                   "config": ["video_positions=3"]},        # questions of motion: where things are
            "paper": {"epochs": 20, "lr": 5e-5, "batch_size": 32, "mlm_first": 0.0, "config": []}},
     "retrieval": {"toy": {"epochs": 5, "lr": 1e-3, "batch_size": 64},
                   "paper": {"epochs": 200, "lr": 3e-4, "batch_size": 128}},
@@ -63,10 +64,10 @@ def parse(argv=None):
                                  "never sees the video, to compare with (default: both)")
     tasks["mc"].add_argument("--set", default="caption", metavar="NAME", help="which mc_NAME_train.jsonl: "
                              "caption, action or transition (default: caption)")
-    tasks["mc"].add_argument("--mlm-first", type=fraction, metavar="SHARE", help="for that share of the steps "
-                             "the right option's words are hidden and to be filled in (MLM), before options "
-                             "are compared as well; 0: never (default: the preset's, 0.6 in toy, of captions "
-                             "0, 0 in paper)")
+    tasks["mc"].add_argument("--mlm-first", type=fraction, metavar="SHARE", help="for that share of the "
+                             "steps the right option's words are hidden and to be filled in (MLM), before "
+                             "options are compared as well; 0: never (default: the preset's, 0.6 in toy, 0 "
+                             "in paper; of captions 0)")
     tasks["retrieval"].add_argument("--scoring", default="fast", choices=["fast", "joint"], help="fast: two "
                                     "vectors and their cosine (4.4); joint: the 2-way head on every pair "
                                     "(default: fast)")
@@ -83,14 +84,16 @@ def parse(argv=None):
     ask.add_argument("question")
     args = parser.parse_args(argv)
     if args.task in SETTINGS and args.out is None:
-        args.out = (f"runs/{args.task}" + (f"-{args.set}" if args.task == "mc" else "")
-                    + "-zero-shot" * args.zero_shot)
+        parts = [args.task, getattr(args, "set", ""), "zero-shot" * args.zero_shot,
+                 "text" * (getattr(args, "see", "") == "text"),
+                 "joint" * (getattr(args, "scoring", "") == "joint")]
+        args.out = "runs/" + "-".join(filter(None, parts))
     return args
 
 
 def fraction(text):
     if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not within 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
     return float(text)
 
 
@@ -101,7 +104,8 @@ def add_task(commands, name):
                       "checkpoint of pretrain.py, or of retrieval --scoring joint; runs/encoder: pictures "
                       "alone, Table 5's first row; none: from nothing (default: runs/pretrain/best.pt)")
     task.add_argument("--out", metavar="DIR", help=f"the run's folder (default: runs/{name}"
-                      + "-SET)" * (name == "mc") + ")" * (name != "mc"))
+                      + "-SET" * (name == "mc") + "; with -zero-shot, -text or -joint for what is not the "
+                      "usual)")
     return task
 
 
@@ -114,7 +118,7 @@ def add_use(commands, name, task, what):
     use.add_argument("--init", default=f"runs/{task}/best.pt", metavar="PATH", help="a checkpoint of "
                      f"finetune.py {task} (default: runs/{task}/best.pt)")
     use.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
-    use.add_argument("--top", type=int, default=5, help="how many (default: 5)")
+    use.add_argument("--top", type=positive, default=5, help="how many (default: 5)")
     return use
 
 
@@ -165,7 +169,7 @@ def begin(args, texts, manifest, machine):
 
 class Task:
     """What the tasks that train on clips share."""
-    first = 0.0             # the share of the steps that goes to something else first
+    first, begun = 0.0, True    # the share of the steps that something else has first; is it over?
 
     def clips(self, model, args, machine):
         return clips_of(self.splits["train"], self.config, args, train=True, mismatched=self.mismatched)
@@ -185,8 +189,17 @@ class Choices(Task):
         return {"frames": torch.stack([s["frames"] for s in samples]),
                 "ids": ids.view(len(texts), -1, width), "mask": mask.view(len(texts), -1, width),
                 "targets": torch.tensor([self.target(s["row"]) for s in samples]),
-                "rows": [s["row"] for s in samples],
+                "rows": [s["row"] for s in samples], "whole": [not s["broken"] for s in samples],
                 "broken": [line for s in samples for line in s["broken"]]}
+
+    def say_cut(self, machine):
+        """Says how many texts of the test split lose the end of their question."""
+        texts = [text for row in self.splits["test"] for text in self.texts(row)]
+        width = self.config.max_words
+        long = sum(len(self.wordpiece.encode(" ".join(text), 10**6)) > width for text in texts)
+        if long:
+            machine.say(f"{long:,} of {len(texts):,} test questions (with an option) are longer than "
+                        f"max_words, {width}, and lose their end; --config max_words=NUMBER reads more")
 
     def seen(self, model):
         return without(model, "video_encoder", "video_proj") if self.see == "text" else model
@@ -200,14 +213,15 @@ class Choices(Task):
 
     @torch.no_grad()
     def evaluate(self, model, split, args, machine):
-        """-> {"top1", and "top1_KIND" of each kind of question}"""
+        """-> {"top1", and "top1_KIND" of each kind of question}; rows whose clip is broken are left out."""
         right, asked = Counter(), Counter()
         loader = evaluation_loader(self.splits[split], self, self.config, args, machine, most=None)
         for batch, _ in prefetch(loader, machine.device):
             with machine.autocast():
                 chosen = most_likely(self.logits(model, batch).float())
-            for row, hit in zip(batch["rows"], (chosen == batch["targets"]).tolist()):
-                for name in {"top1", f"top1_{self.kind(row)}"}:
+            self.run.note(batch["broken"], "left out")
+            for row, hit, whole in zip(batch["rows"], (chosen == batch["targets"]).tolist(), batch["whole"]):
+                for name in {"top1", f"top1_{self.kind(row)}"} if whole else ():
                     right[name] += hit
                     asked[name] += 1
         return shares(right, asked, machine)
@@ -237,15 +251,15 @@ class Questions(Choices):
         self.see, self.training_texts, kinds = args.see, [], defaultdict(Counter)
         for row in splits["train"]:
             self.training_texts.append(row["question"])
-            kinds[self.kind(row)][row["answer"]] += 1
+            kinds[self.kind(row)][str(row["answer"])] += 1
         self.answers = [answer for answer, _ in sum(kinds.values(), Counter()).most_common()]
         self.number = {answer: i for i, answer in enumerate(self.answers)}
         for name in ("val", "test"):
-            if not any(row["answer"] in self.number for row in splits[name]):
+            if not any(str(row["answer"]) in self.number for row in splits[name]):
                 raise DataError(f"{splits[name].path}: none of its answers occurs in {splits['train'].path}; "
                                 "are the two of one set?")
         usual = {kind: answers.most_common(1)[0][0] for kind, answers in kinds.items()}
-        hits = [usual.get(self.kind(row)) == row["answer"] for row in splits["test"]]
+        hits = [usual.get(self.kind(row)) == str(row["answer"]) for row in splits["test"]]
         self.chance = {"the majority answer of each kind of question": sum(hits) / len(hits)}
 
     def kind(self, row):
@@ -256,7 +270,7 @@ class Questions(Choices):
         return [(row["question"], "")]
 
     def target(self, row):
-        return self.number.get(row["answer"], -1)
+        return self.number.get(str(row["answer"]), -1)
 
     def answer(self, row, i):
         return self.answers[i] if i >= 0 else "nothing"
@@ -308,7 +322,8 @@ class Options(Choices):
         counts = [len(self.wordpiece.encode(s["row"]["options"][s["row"]["answer"]], self.config.max_words))
                   - 2 for s in samples]
         place = torch.arange(self.config.max_words)
-        return batch | {"words": (place < ends) & (place >= ends - torch.tensor(counts)[:, None])}
+        words = (place < ends) & (place >= ends - torch.tensor(counts)[:, None])
+        return batch | {"words": words & (batch["ids"][rows, batch["targets"]] > MASK)}      # no [UNK]
 
     def loss(self, model, batch):
         if not self.first:
@@ -318,7 +333,7 @@ class Options(Choices):
         ids, mask, words = batch["ids"][clips, targets], batch["mask"][clips, targets], batch["words"]
         options = (batch["ids"], batch["mask"]) if self.begun else (None, None)
         logits, said = model(frames, *options, right=(ids.masked_fill(words, MASK), mask, words))
-        loss = mlm_loss(said, ids[words], len(targets))         # of a clip, all of its words
+        loss = mlm_loss(said, ids[words], len(targets))     # over clips, as the other is: -log p of an option
         return loss if logits is None else loss + F.cross_entropy(logits.float(), targets)
 
 
@@ -465,10 +480,12 @@ class Probe:
 
     def clips(self, model, args, machine):
         """Computes each split's features and the numbers of its labels, -1 for one that training does not
-        have; -> those of the training split."""
+        have, broken clips left out; -> those of the training split."""
         def collate(samples):
             return {"frames": torch.stack([s["frames"] for s in samples]),
-                    "targets": torch.tensor([self.number.get(s["row"]["label"], -1) for s in samples])}
+                    "targets": torch.tensor([self.number.get(s["row"]["label"], -1) for s in samples]),
+                    "whole": torch.tensor([not s["broken"] for s in samples]),
+                    "broken": [line for s in samples for line in s["broken"]]}
 
         collate.mismatched, self.features = False, {}
         for split, manifest in self.splits.items():
@@ -476,7 +493,9 @@ class Probe:
             found = []
             for batch, _ in tqdm(prefetch(loader, machine.device), f"features, {split}", len(loader), False):
                 with machine.autocast():
-                    found.append((model.features(scale(batch["frames"])).float(), batch["targets"]))
+                    features = model.features(scale(batch["frames"])).float()
+                found.append((features[batch["whole"]], batch["targets"][batch["whole"]]))
+                self.run.note(batch["broken"], "left out")
             self.features[split] = tuple(torch.cat(part) for part in zip(*found))
         return Features(*self.features["train"])
 
@@ -520,7 +539,7 @@ class Features(torch.utils.data.Dataset):
 TASKS = {"qa": Questions, "mc": Options, "retrieval": Retrieval, "probe": Probe}
 
 
-def settle(args):
+def settle(args, machine):
     """Fills in the flags that were left out -> the name of the task's files."""
     preset_named(args.preset)
     files = f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files
@@ -531,24 +550,29 @@ def settle(args):
             setattr(args, name, value)
     if args.zero_shot and files not in ("", "mc_caption"):
         raise InputError(f"--zero-shot: the 2-way head matches captions; mc --set {args.set} has questions")
-    if args.task == "retrieval" and args.accumulate > 1:
-        raise InputError("--accumulate: retrieval contrasts each clip with its whole batch, which cannot be "
-                         "cut")
+    if args.task in ("retrieval", "probe") and args.accumulate > 1:
+        raise InputError("--accumulate: retrieval contrasts each clip with its whole batch, and the probe's "
+                         "norm is over it, which cannot be cut")
+    if args.task == "probe" and (machine.world > 1 or args.batch_size == 1):
+        raise InputError("probe: its norm is over the whole batch; use one process, and a --batch-size of 2 "
+                         "or more")
     return files
 
 
 def train(args, machine):
     """Fine-tunes as the flags say, from --init or from where it was; scores best.pt on the test split."""
-    files = settle(args)
+    files = settle(args, machine)
     splits = ({"test": open_split(args.data, "test", files)} if args.zero_shot
               else open_clips(args, machine, files))
     task = TASKS[args.task](args, splits)
     base, wordpiece = begin(args, task.training_texts, splits.get("train"), machine)
     task.splits, task.wordpiece, task.config = splits, wordpiece, base.config
+    if isinstance(task, Choices):
+        task.say_cut(machine)
     torch.manual_seed(args.seed)
     model = task.head(base).to(machine.device)
     run = Run(args, args.task, base.config, wordpiece.vocab, ("task", "init", *task.decide), machine)
-    run.constant["answers"] = list(task.answers)
+    run.constant["answers"], task.run = list(task.answers), run
     video_lr = 1.0 if args.init == "none" else base.config.video_lr
     optimizer = make_optimizer(model, args.lr, base.config.weight_decay, machine.device, video_lr)
     run.start(model, optimizer, args.resume)
@@ -559,11 +583,12 @@ def train(args, machine):
     batches = batches_left(clips, run, args, machine)
     machine.say(f"{task.title}: {len(clips):,} lines, {run.steps:,} steps of {batches.batch_size}, {machine}")
     wrapped = machine.wrap(model, args.compile, idle=task.first > 0)
-    turn = round(task.first * run.steps)
+    turn = min(round(task.first * run.steps), run.steps - 1)
     for batch in run.steps_of(make_loader(clips, batches, task, args, machine)):
         run.set_learning_rate(args.lr, base.config.warmup, turn)
         model.train()
-        losses, task.begun = torch.zeros(1, device=machine.device), run.step >= turn
+        losses = torch.zeros(1, device=machine.device)
+        task.begun = run.step >= turn
         for part, sync in machine.parts(wrapped, batch, args.accumulate):
             with sync:
                 with machine.autocast():
@@ -578,9 +603,11 @@ def train(args, machine):
             model.eval()
             scores = task.evaluate(model, "val", args, machine)
             run.log(split="val", **scores, loss=float(losses))
-            run.save_best(scores[task.score])
+            early = run.step <= turn and turn > 0
+            if not early:
+                run.save_best(scores[task.score])
             machine.say(f"step {run.step:,}, val: {task.score} {scores[task.score]:.1%}"
-                        + f" (words come first, until step {turn:,})" * (run.step <= turn and turn > 0))
+                        + f" (words come first, until step {turn:,})" * early)
             run.save_last()
     run.say_speed()
     if machine.main:
@@ -606,14 +633,9 @@ def report_zero_shot(task, model, run, args, machine):
     """Scores the pretrained model by its own 2-way head, or by its vectors as they are, without training."""
     if not machine.main:
         return
-    model.eval()
-    if args.task == "mc":
-        found = score_choices(model, task.splits["test"], task.wordpiece, machine, most=None)
-        scores = {name.replace("mc", "top1"): value for name, value in found.items()}
-    else:
-        scorer = task.head(model).to(machine.device)
-        scores = task.evaluate(scorer, "test", args, machine)
-        task.draw(scorer, args, machine, run.folder)
+    scorer = task.head(model).to(machine.device).eval()     # of options: begins as the 2-way head
+    scores = task.evaluate(scorer, "test", args, machine)
+    task.draw(scorer, args, machine, run.folder)
     run.log(split="test", **scores, **{f"against {name}": value for name, value in task.chance.items()})
     report(task, scores, run, ", zero-shot")
 
@@ -651,6 +673,8 @@ def search(args, machine):
                              "fast")
         return FastRetrieval(model)
 
+    if not Path(args.out).parent.is_dir():
+        raise InputError(f"--out {args.out}: there is no folder {Path(args.out).parent}")
     model, wordpiece, _ = open_trained(args, "retrieval", head)
     model.to(machine.device)
     names, vectors = vectors_of_folder(model, Path(args.videos), machine)
@@ -671,30 +695,40 @@ def vectors_of_folder(model, folder, machine):
     from the weights; a clip is known by its name, size and time of change."""
     clips = find_clips(folder)
     path = folder / f".vectors-{pretrain.digest_of(model).hexdigest()[:12]}.npz"
-    known = {}
-    if path.exists():
-        with np.load(path, allow_pickle=False) as kept:
-            known = dict(zip(kept["clips"].tolist(), kept["vectors"]))
-    config, names, vectors = model.model.config, [], []
-    for name, key in tqdm(clips.items(), "vectors", unit="clip", leave=False):
-        if key not in known:
-            try:
-                frames = read_frames(folder / name, config)
-            except BrokenClip as error:
-                tqdm.write(f"broken clip, left out: {error}")
-                continue
-            known[key] = embed_clips(model, frames[None], machine)[0].numpy()
-        names.append(name)
-        vectors.append(known[key])
-    if not names:
+    known, found = read_vectors(path), {}
+    try:
+        for name, key in tqdm(clips.items(), "vectors", unit="clip", leave=False):
+            if key not in known:
+                try:
+                    frames = read_frames(folder / name, model.model.config)
+                except BrokenClip as error:
+                    tqdm.write(f"broken clip, left out: {error}")
+                    continue
+                known[key] = embed_clips(model, frames[None], machine)[0].numpy()
+            found[name] = known[key]
+    finally:                        # after Ctrl-C as well
+        keep_vectors(path, [clips[name] for name in found], list(found.values()))
+    if not found:
         raise DataError(f"--videos {folder}: none of its clips can be read")
+    return list(found), np.stack(list(found.values()))
+
+
+def read_vectors(path):
+    """{key of a clip: its vector}; none where there is no file, or a damaged one."""
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return dict(zip(kept["clips"].tolist(), kept["vectors"]))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return {}
+
+
+def keep_vectors(path, keys, vectors):
     try:
         with open(path.with_suffix(".part"), "wb") as file:
-            np.savez(file, clips=np.array([clips[name] for name in names]), vectors=np.stack(vectors))
+            np.savez(file, clips=np.array(keys), vectors=np.array(vectors))
         path.with_suffix(".part").replace(path)
     except OSError as error:
         tqdm.write(f"{path}: vectors are not kept ({error.strerror})")
-    return names, np.stack(vectors)
 
 
 def find_clips(folder):
@@ -716,8 +750,12 @@ def find_clips(folder):
 @torch.no_grad()
 def ask(args, machine):
     """The likeliest answers to a question about a clip, with their probabilities."""
-    model, wordpiece, checkpoint = open_trained(
-        args, "qa", lambda model, checkpoint: Choice(model, len(checkpoint["answers"])))
+    def head(model, checkpoint):
+        if checkpoint["settings"]["see"] == "text":
+            raise InputError(f"--init {args.init}: was trained with --see text and has never seen a video")
+        return Choice(model, len(checkpoint["answers"]))
+
+    model, wordpiece, checkpoint = open_trained(args, "qa", head)
     model.to(machine.device)
     config = model.model.config
     try:

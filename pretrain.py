@@ -4,7 +4,7 @@
     python pretrain.py --device cuda --preset paper --data webvid
     torchrun --nproc-per-node=2 pretrain.py             over processes; several nodes: torchrun's own flags
 
-Trains the video encoder on pictures, and the tokenizer, first where there are none. Leaves in --out: last.pt
+First trains the video encoder (on pictures) and the tokenizer, if they are missing. Leaves in --out: last.pt
 (go on with --resume), best.pt (highest mean val accuracy), metrics.jsonl, curves.png, masked.png,
 retrieval.png.
 """
@@ -29,7 +29,7 @@ from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, checkp
                    run_script, save, set_up, vtm_loss, vtm_targets)
 from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans, tags
 from train_tokenizer import (batches_left, between_evaluations, captions_of, clips_of, encode_padded,
-                             evaluation_loader, make_loader, make_vocabulary, open_clips, pad, read_words,
+                             evaluation_loader, make_loader, make_vocabulary, open_clips, pad, read_lines,
                              scale)
 
 LOSSES = {"vtm": vtm_loss, "mlm": mlm_loss, "mvm": mvm_loss}
@@ -118,7 +118,8 @@ class PretrainBatch:
 
 
 def masked_pass(model, batch, objectives):
-    """One masked pass (3.2) -> {objective: (logits, targets)}; the batch's `codes` (B, T, g, g) label MVM."""
+    """One masked pass (3.2, 3.4) -> {objective: (logits, targets)}; the batch's `codes` (B, T, g, g) label
+    MVM."""
     frames = scale(batch["frames"])
     if "mvm" in objectives:
         frames = mask_frames(frames, batch["cells"])
@@ -146,6 +147,7 @@ def stage_flags(args, folder):
              args.precision, "--workers", str(args.workers), "--seed", str(args.seed), "--out", str(folder)]
     flags += ["--max-steps", str(args.max_steps)] * bool(args.max_steps)
     flags += ["--vocab", args.vocab] * bool(args.vocab)
+    flags += ["--vocab-captions", args.vocab_captions] * bool(args.vocab_captions)
     flags += [flag for change in args.config for flag in ("--config", change)]
     flags += ["--compile"] * args.compile + ["--strict"] * args.strict
     return flags + ["--resume"] * (folder / "last.pt").exists()
@@ -382,7 +384,9 @@ def read_videos(manifest, rows, config):
             tqdm.write(f"broken clip, left out: {error}")
             continue
         whole.append(row)
-    return torch.stack(frames) if frames else torch.empty(0), whole
+    if not frames:
+        raise DataError(f"{manifest.path}: none of its clips can be read")
+    return torch.stack(frames), whole
 
 
 def encode_videos(model, frames, machine):
@@ -607,7 +611,7 @@ def fill_encoders(model, wordpiece, args):
         reports.append(fill_video(model, args.init_video))
     if args.init_text:
         model.vocab = wordpiece.vocab
-        reports.append(load_published(model, args.init_text, read_words(args.vocab)))
+        reports.append(load_published(model, args.init_text, read_lines("--vocab", args.vocab)))
     return reports
 
 
@@ -637,8 +641,7 @@ def start_from_nothing(model, manifest, args, machine, clips=64):
     """`EdgeNeXt.start` on the first training clips, the same on all processes."""
     if not args.resume:
         frames, _ = read_videos(manifest, [manifest[i] for i in range(len(manifest))[:clips]], model.config)
-        if len(frames):
-            model.video_encoder.start(scale(frames.to(machine.device)))
+        model.video_encoder.start(scale(frames.to(machine.device)))
 
 
 def label_source(online, folder, clips, config, args, machine):

@@ -42,9 +42,9 @@ def parse(argv=None):
     parser.add_argument("--warm", type=float, help="share of the steps in which words, or pixels, are read "
                         "from E(X) unquantized, for an encoder that starts from nothing (default: the "
                         f"preset's, {toy.tokenizer_warm:g} in toy, {paper.tokenizer_warm:g} in paper)")
-    parser.add_argument("--revive-after", type=int, default=20, metavar="STEPS", help="move a code that no "
-                        "cell chose for so many steps to an encoder output; 0: never, as in the paper "
-                        "(default: 20)")
+    parser.add_argument("--revive-after", type=int, metavar="STEPS", help="move a code that no cell chose "
+                        "for so many steps to an encoder output; 0: never, as in the paper (default: the "
+                        f"preset's, {toy.tokenizer_revive} in toy, {paper.tokenizer_revive} in paper)")
     parser.add_argument("--init-tokenizer", metavar="FILE", help="published CLIP ViT-B/32, or Video Swin-T "
                         "for --encoder videoswin, that the encoder starts from, as in the paper: a torch "
                         "file or .safetensors, for --preset paper (default: none, it starts from nothing)")
@@ -80,18 +80,20 @@ def captions_of(manifest):
     return (row["caption"] for row in manifest)
 
 
-def read_words(path):
-    """The words of BERT's vocab.txt, one a line."""
+def read_lines(flag, path):
+    """The lines of a file that a flag names: words of BERT's vocab.txt, or captions."""
     try:
         return Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--vocab {path}: cannot be read ({error})") from None
+        raise InputError(f"{flag} {path}: cannot be read ({error})") from None
 
 
 def make_vocabulary(args, config, texts, machine):
     """WordPiece for the training texts, and the Config with the number of words in use."""
+    if args.vocab_captions:
+        texts = read_lines("--vocab-captions", args.vocab_captions)
     if args.vocab:
-        whole = WordPiece(read_words(args.vocab))
+        whole = WordPiece(read_lines("--vocab", args.vocab))
         wordpiece = whole.keep_frequent(texts, min(1.0, config.vocab_rows / len(whole)))
     else:
         wordpiece = WordPiece.from_captions(texts, config.vocab_rows)
@@ -182,8 +184,9 @@ def reconstruction_loss(args, config, read, batch):
 
 
 def beside_the_loss(config, read, batch):
-    """Parts and wholes of what is logged beside the loss. Of words, their recall, (2, K): of a caption's k
-    words, those among the k that score highest; of pixels, (2, 1), the error of a clip's mean colour."""
+    """Numerators and denominators of the score beside the loss. Of words, their recall, (2, K): of a
+    caption's k words, those among the k that score highest; of pixels, (2, 1), the error of a clip's mean
+    colour."""
     if config.tokenizer_target == "pixels":
         errors = (scale(batch["frames"]) - scale(batch["frames"]).mean((1, 3, 4), keepdim=True)) ** 2
         return torch.tensor([[errors.sum()], [errors.numel()]], dtype=torch.float64)
@@ -223,7 +226,8 @@ def evaluate(tokenizer, loader, args, machine):
 
 
 def usage(counts):
-    """The paper's vocabulary rate, the share of codes that occur, and their distribution's perplexity."""
+    """The share of codes that occur, the paper's vocabulary rate, and their distribution's perplexity. Of how
+    many clips the paper does not say; here of a split's first MOST_EVALUATED."""
     share = counts[counts > 0] / counts.sum()
     return {"codebook_usage": len(share) / len(counts),
             "codebook_perplexity": float(torch.exp(-(share * share.log()).sum()))}
@@ -255,6 +259,8 @@ def train(args, machine):
     config = configure(args, stage="tokenizer_")
     config = replace(config, word_weight=config.word_weight if args.word_weight is None else args.word_weight,
                      tokenizer_warm=config.tokenizer_warm if args.warm is None else args.warm,
+                     tokenizer_revive=config.tokenizer_revive if args.revive_after is None
+                     else args.revive_after,
                      tokenizer_target=args.target, tokenizer_encoder=args.encoder)
     splits = open_clips(args, machine)
     wordpiece, config = make_vocabulary(args, config, captions_of(splits["train"]), machine)
@@ -267,7 +273,7 @@ def train(args, machine):
     elif tokenizer.sees_neighbours and not args.resume:
         tokenizer.start(first_frames(splits["train"], collate, config, args, machine, 32))
     optimizer = make_optimizer(tokenizer, args.lr, config.weight_decay, machine.device)
-    run = Run(args, "tokenizer", config, wordpiece.vocab, ("loss", "revive_after", "init_tokenizer"), machine)
+    run = Run(args, "tokenizer", config, wordpiece.vocab, ("loss", "init_tokenizer"), machine)
     run.start(tokenizer, optimizer, args.resume)
 
     batches = batches_left(clips, run, args, machine)
@@ -288,7 +294,8 @@ def train(args, machine):
         losses, chosen = learn(model, batch, run.step >= warm, batches.batch_size, config, args, machine)
         run.optimise(losses)
         used += chosen
-        if args.revive_after and run.step % args.revive_after == 0 and warm < run.step < last_revival:
+        if config.tokenizer_revive and run.step % config.tokenizer_revive == 0 and (
+                warm < run.step < last_revival):
             used = machine.total(used)
             tokenizer.quantizer.revive(used > 0, embedded(tokenizer, batch), run.generator())
             machine.shared(tokenizer.quantizer.codebook.data)
@@ -314,7 +321,8 @@ def learn(model, batch, quantize, batch_size, config, args, machine):
             read, ids, code_loss = model(scale(part["frames"]), quantize=quantize)
             share = len(ids) / batch_size * machine.world               # of this part in the batch's mean
             target_term = share * reconstruction_loss(args, config, read, part)
-            loss = config.target_weight * target_term + share * code_loss                   # Eq. (7)
+            # Eq. (7). 3.4 adds "L_SVQ and L_TOKEN", but L_SVQ holds L_TOKEN, which counts once.
+            loss = config.target_weight * target_term + share * code_loss
         loss.backward()
         losses += torch.stack([target_term.detach(), share * code_loss.detach()])
         chosen += torch.bincount(ids.flatten(), minlength=config.codes)

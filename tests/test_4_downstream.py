@@ -15,10 +15,10 @@ import torch
 
 import finetune
 import pretrain
-from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Machine, WordPiece,
+from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Machine, WordPiece, config_of,
                    contrastive_loss, nearest, rank_of_truth, ranks_by_cosine)
 from plain import assert_trained_alike
-from toy_data import DataError, open_splits, render
+from toy_data import DataError, open_split, open_splits, render
 
 CPU = Machine(torch.device("cpu"))
 
@@ -258,9 +258,42 @@ def test_the_probe_scores_the_labels_that_the_test_split_has(go, home):
 
 
 @pytest.mark.parametrize("flags", [["mc"], ["retrieval"], ["retrieval", "--scoring", "joint"]])
-def test_zero_shot_scores_the_pretrained_model_as_it_is(go, flags):
-    first, second = (go(*flags, "--zero-shot")[0] for _ in range(2))
+def test_zero_shot_scores_the_pretrained_model_as_it_is(go, home, flags):
+    (first, said), (second, _) = (go(*flags, "--zero-shot") for _ in range(2))
     assert first == second and first["step"] == 0
+    assert Path(said.split("look at ")[1].split(";")[0]).exists(), "its picture"
+    if flags == ["mc"]:             # the same as during pretraining
+        model, wordpiece = pretrained(home)
+        found = pretrain.score_choices(model, open_splits(home / "clips", "mc_caption")[0]["test"], wordpiece,
+                                       CPU, most=None)
+        assert first["top1"] == found["mc"]
+
+
+def pretrained(home):
+    checkpoint = torch.load(home / "runs/pretrain/best.pt", weights_only=True)
+    model = EViLM(config_of(checkpoint))
+    model.load_state_dict(checkpoint["model"])
+    return model, WordPiece(checkpoint["vocab"])
+
+
+def test_retrieval_ranks_a_video_once_however_many_captions_name_it(home, tmp_path):
+    model, wordpiece = pretrained(home)
+    lines = [json.loads(line) for line in open(home / "clips/test.jsonl")][:6]
+    for line in lines:
+        line["video"] = str(home / "clips" / line["video"])
+    twice = lines + [line | {"caption": "another one"} for line in lines]
+    for name, written in (("train", lines), ("test", lines), ("val", twice)):
+        rows(tmp_path / f"{name}.jsonl", written)
+
+    def fast(manifest):
+        return finetune.score_fast_retrieval(FastRetrieval(model), manifest, wordpiece, CPU)
+
+    def joint(manifest):
+        return pretrain.score_retrieval(model, manifest, wordpiece, CPU, len(manifest))
+    for score in (fast, joint):
+        once, both = (score(open_split(tmp_path, name))[1:3] for name in ("test", "val"))
+        assert once[0].shape == (6, 6) and both[0].shape == (12, 6), "scores of captions and videos"
+        assert once[1].tolist() == both[1][:6].tolist() and max(both[1]) <= 6, "ranks"
 
 
 def test_a_task_can_begin_from_an_encoder_of_pictures(go, home):
@@ -273,7 +306,8 @@ def test_a_task_can_begin_from_an_encoder_of_pictures(go, home):
             assert torch.allclose(begun[f"model.{name}"], weight, atol=1e-8)
 
 
-@pytest.mark.parametrize("flags", [["qa"], ["probe"], ["retrieval"]])
+@pytest.mark.parametrize("flags", [["qa"], ["probe"], ["retrieval"],
+                                   ["mc", "--set", "action", "--mlm-first", "0.5"]])
 def test_a_resumed_run_ends_with_the_same_weights(go, home, flags, monkeypatch):
     go(*flags, "--out", "whole")
     args = ["--out", "broken", "--save-every", "2"]
@@ -330,6 +364,9 @@ def test_search_ranks_a_folder_and_computes_only_new_clips(go, home, capsys, mon
     shutil.copy(home / "clips/clips/00003.gif", videos / "d.gif")
     search()
     assert len(computed) == 4, "only the new clip"
+    next(videos.glob(".vectors-*")).write_bytes(b"damaged")
+    search()
+    assert len(computed) == 8
 
 
 def test_ask_names_answers_with_probabilities(go, home, capsys):
@@ -347,6 +384,9 @@ def test_a_task_refuses_what_it_cannot_use(go, home, tmp_path):
     for flags, told in ((["qa", "--init", "nowhere.pt"], "no such checkpoint"),
                         (["qa", "--preset", "paper"], "toy preset"),
                         (["qa", "--config", "width=64"], "--config width=64"),
+                        (["qa", "--config", "max_words=100"], "max_words=100: from 3 to 64"),
+                        (["probe", "--accumulate", "2"], "--accumulate"),
+                        (["probe", "--batch-size", "1"], "--batch-size"),
                         (["mc", "--set", "action", "--zero-shot"], "--zero-shot"),
                         (["retrieval", "--zero-shot", "--init", "none"], "--zero-shot"),
                         (["retrieval", "--zero-shot", "--init", "runs/encoder"], "knows no captions"),
@@ -373,10 +413,46 @@ def test_bad_rows_are_named(go, home, tmp_path):
         go("mc", "--set", "six", data=str(tmp_path))
 
 
-def test_an_absent_video_is_replaced_and_counted(go, home, tmp_path):
-    splits, _ = open_splits(home / "clips", "qa")
+@pytest.mark.parametrize("flags, files", [(["qa", "--batch-size", "64"], "qa"), (["probe"], "action"),
+                                          (["mc", "--set", "action"], "mc_action")])
+def test_an_absent_video_is_counted_and_leaves_the_scores_alone(go, home, tmp_path, flags, files):
+    splits, _ = open_splits(home / "clips", files)
     for name, manifest in splits.items():
         lines = [row | {"video": str(home / "clips" / row["video"])} for row in manifest]
-        rows(tmp_path / f"qa_{name}.jsonl", lines + [lines[0] | {"video": "gone.gif"}] * (len(lines) // 2))
-    _, said = go("qa", "--batch-size", "64", data=str(tmp_path))
-    assert "gone.gif" in said and "broken clips: 0" not in said
+        gone = [lines[0] | {"video": f"gone-{name}.gif"}] * (len(lines) // 2)
+        rows(tmp_path / f"{files}_{name}.jsonl", lines + (gone if name != "train" else []))
+    scores = {name: value for name, value in go(*flags, "--out", str(tmp_path / "whole"))[0].items()
+              if name.startswith("top1")}
+    last, said = go(*flags, "--out", str(tmp_path / "gone"), data=str(tmp_path))
+    assert {name: value for name, value in last.items() if name.startswith("top1")} == pytest.approx(scores)
+    assert "gone-val.gif" in said and "gone-test.gif" in said and "broken clips: 0" not in said
+    rows(tmp_path / f"{files}_train.jsonl", lines + gone)
+    if "probe" not in flags:
+        _, said = go(*flags, "--out", str(tmp_path / "all"), data=str(tmp_path))
+        assert "replaced" in said
+
+
+def test_without_one_readable_clip_nothing_is_scored(go, home, tmp_path):
+    for name in ("train", "val", "test"):
+        rows(tmp_path / f"{name}.jsonl", [{"video": "gone.gif", "caption": f"a {name}"}])
+    with pytest.raises(DataError, match="none of its clips can be read"):
+        go("retrieval", "--zero-shot", data=str(tmp_path))
+
+
+def test_answers_may_be_numbers(go, home, tmp_path):
+    splits, _ = open_splits(home / "clips", "qa")
+    for name, manifest in splits.items():
+        lines = [row | {"video": str(home / "clips" / row["video"]), "answer": i % 3}
+                 for i, row in enumerate(manifest)]
+        rows(tmp_path / f"qa_{name}.jsonl", lines)
+    go("qa", "--out", str(tmp_path / "numbers"), data=str(tmp_path))
+    answers = torch.load(tmp_path / "numbers/best.pt", weights_only=True)["answers"]
+    assert sorted(answers) == ["0", "1", "2"]
+
+
+def test_a_model_that_saw_text_alone_is_not_asked_about_a_clip(go, home):
+    go("qa", "--see", "text")
+    assert (home / "runs/qa-text/best.pt").exists()
+    args = finetune.parse(["ask", "clips/clips/00001.gif", "what colour?", "--init", "runs/qa-text"])
+    with pytest.raises(InputError, match="never seen a video"):
+        finetune.ask(args, CPU)

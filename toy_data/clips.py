@@ -287,7 +287,8 @@ def ffmpeg(path, *output):
 
 
 def spans(count, frames, generator=None):
-    """Sparse sampling (3.1, 4.1): one frame number of each of `frames` equal spans of 0 to count - 1.
+    """Sparse sampling (3.1, 4.1): one frame number of each of `frames` equal spans of 0 to count - 1; how
+    frames are chosen the paper does not say.
 
     A NumPy generator picks a random one of each (training); without it, it is the middle one (evaluation). A
     clip shorter than `frames` repeats its own. Always ascending.
@@ -538,7 +539,8 @@ class ClipCaptions(torch.utils.data.Dataset):
     A sample depends on (seed, epoch, index) alone, whichever process makes it. `train` takes random frames,
     else it is the middle ones, as in epoch 0 whatever the epoch. A broken clip is replaced by a row drawn at
     random; with `strict` it is a DataError, and so are 50 in a row. Of so many `negatives` drawn the
-    mismatched caption is the one that shares most words with the clip's; 1 is the paper's, a random one.
+    mismatched caption is the one that shares most words with the clip's; 1: a random one, since the paper
+    does not say.
     `augment` crops and resizes at random, all frames alike, and never flips: "left" is a word. Small clips
     stay in memory once they are decoded.
     """

@@ -453,11 +453,10 @@ def describe(out, tally):
 
 
 def describe_captions(out, tally):
-    """Says how to cut BERT's vocabulary by the captions. pretrain.py keeps all of its 9,157 words then."""
-    print(f"{out / 'captions.txt'}: {tally.rows['captions.txt']:,} captions. Beside BERT's vocab.txt: "
-          "python -c \"import evilm; bert = evilm.WordPiece(open('vocab.txt').read().split('\\n')); "
-          f"print(*bert.keep_frequent(open('{out}/captions.txt')).vocab, sep='\\n')\" > {out}/vocab.txt; "
-          f"then python pretrain.py --preset paper --vocab {out}/vocab.txt --data DIR")
+    """Says how BERT's vocabulary is cut by the captions."""
+    print(f"{out / 'captions.txt'}: {tally.rows['captions.txt']:,} captions. With BERT's vocab.txt: "
+          f"python pretrain.py --preset paper --vocab vocab.txt --vocab-captions "
+          f"{out}/captions.txt --data DIR")
 
 
 def main():
