@@ -38,24 +38,23 @@ SIZES = {"small": "--config dims=8,16,32,64 --config width=64", "toy": "",
 TOKENIZERS = {"none": None, "pixels": "--target pixels", "VideoSwin": "--encoder videoswin",
               "ViT, BCE": "--loss bce", "ViT, focal": ""}
 FINER = "--config size=96"      # 3x3 cells a frame: 2x2 have room for three mask ratios
-# The scores to look at, and of each row the flags of both stages, the tokenizer's own, pretraining's own.
+# The scores to look at (of pretraining, or a task's name), and of each row the flags of both stages, the
+# tokenizer's own, pretraining's own.
 EXPERIMENTS = {
     "mask-ratio": (("mvm", "mvm_copy", "mvm_mode", "mc", "vtm"), {
         f"{ratio:.0%}": (FINER, "", f"--config mask_ratio={ratio}") for ratio in (0.1, 0.25, 0.4, 0.6, 0.8)}),
     "blocks": (("mvm", "mvm_copy", "mvm_mode", "mc", "vtm"), {
         "block-wise": (FINER, "", "--config mask_ratio=0.4"),
         "one by one": (FINER, "", "--config mask_ratio=0.4 --config blocks=False")}),
-    "positions": (("mc_motion", "mc_colour", "mc_shape", "mc", "mvm"), {
-        "with": ("", "", ""), "without": ("", "", "--config video_positions=0")}),
     "codes": (("codebook_usage", "mvm", "mvm_copy", "mc"), {
         f"{codes}": ("", f"--config codes={codes}" * (codes != 64), "") for codes in (8, 64, 512)}),
     "code-dim": (("codebook_usage", "mvm", "mvm_copy", "mc"), {
         f"{dim}": ("", f"--config code_dim={dim}" * (dim != 16), "") for dim in (2, 16)}),
-    "frames": (("mc_motion", "mc_colour", "mc", "vtm"), {
+    "frames": (("probe", "mc_colour", "mc", "vtm"), {
         f"{frames}": ("", "", f"--config frames={frames}" * (frames != 4)) for frames in (1, 2, 4, 8)}),
     "vocabulary": (("mlm", "mc", "vtm", "r10"), {
         "all words": ("", "", ""), "40": ("--config vocab_rows=40", "", "")}),
-    "negatives": (("vtm", "mc", "mc_colour", "mc_shape", "mc_motion", "r10"), {
+    "negatives": (("vtm", "mc", "mc_colour", "mc_shape", "r10"), {
         f"hardest of {n}": ("", "", f"--config negatives={n}" * (n > 1)) for n in (1, 8)}),
 }
 
@@ -185,10 +184,17 @@ def tables(runs):
         row: [(partial(runs.tokenizer, flags=flags), score)
               for score in ("word_recall", "word_recall_macro", "codebook_usage")]
         for row, flags in (("focal", ""), ("BCE", "--loss bce"))}
+
+    def experiment(score, both, its, own):
+        flags, its = f"{both} {own}", f"{both} {its}"
+        if score in TASKS:
+            task, score = TASKS[score]
+            return partial(runs.with_tokenizer, its, task, flags=flags), score
+        return partial(runs.pretrained, full, flags=flags, tokenizer=its), score
+
     for name, (scores, rows) in EXPERIMENTS.items():
-        yield name, list(scores), {
-            row: [(partial(runs.pretrained, full, flags=f"{both} {own}", tokenizer=f"{both} {its}"), score)
-                  for score in scores] for row, (both, its, own) in rows.items()}
+        yield name, list(scores), {row: [experiment(score, *flags) for score in scores]
+                                   for row, flags in rows.items()}
 
 
 NOTHING = (None, "")        # a cell without a run

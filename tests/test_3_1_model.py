@@ -1,6 +1,7 @@
 """3.1, the model: every part against a plain computation in float64, Eq. (1), Eq. (2), Table 8."""
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import plain
 import pytest
@@ -9,8 +10,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import evilm
 from evilm import (CLS, IMAGENET, MASK, SEP, SPECIAL, UNK, Config, EdgeNeXt, EViLM, InputError, PictureTags,
-                   Transformer, ViT, WordPiece, multiply_adds, quick_gelu, space_time_sines, table8)
+                   Transformer, ViT, WordPiece, multiply_adds, quick_gelu, space_time_sines, table8,
+                   trace)
 
 
 def near(ours, plainly, atol=1e-9):
@@ -368,3 +371,19 @@ def test_the_papers_multiply_adds():
     assert 1.25 <= cost["visual"] / 4 <= 1.26
     assert 0.07 <= cost["textual"] < 0.08 and round(cost["decoder"], 2) == 2.28
     assert round(cost["model"], 1) == 7.4 and 14.65 < 2 * cost["model"] < 14.8
+
+
+def test_the_trace_names_the_line_of_each_step(tiny, capsys):
+    trace(tiny)
+    source = Path(evilm.__file__).read_text().splitlines()
+    steps = {}
+    for line in capsys.readouterr().out.splitlines()[1:-1]:
+        step, number, ms = line[14:52].split(), int(line[52:61]), float(line[61:69])
+        steps[step[0]] = source[number - 1], ms, step
+    for name, (text, _, step) in steps.items():
+        said = f"class {step[1]}(" if len(step) == 2 else f"def {name}("
+        assert said in text or name.split(".")[-1] in text or "downsample" in text or "self.patch" in text, name
+    for name in ("encode_video", "encode_text", "fuse", "read_words"):
+        assert f"def {name}(" in steps[name][0]
+    inside = sum(ms for name, (_, ms, _) in steps.items() if name.startswith("video_"))
+    assert inside < steps["encode_video"][1]
