@@ -402,7 +402,7 @@ class Retrieval(Task):
         return contrastive_loss(*map(from_all, (video, text)), sharpness, from_all(batch["names"]))
 
     def evaluate(self, model, split, args, machine):
-        """-> {"r1", "r5", "r10", "median_rank"}; joint scoring takes the first 100 captions of val."""
+        """-> {"r1", "r5", "r10", "median_rank"}; joint scoring takes 100 captions from all over val."""
         manifest = self.splits[split]
         if self.mismatched:
             most = 100 if split == "val" else len(manifest)

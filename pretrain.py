@@ -417,7 +417,8 @@ def score_retrieval(model, manifest, wordpiece, machine, most=1000):
     rows.
     """
     model.eval()
-    rows = [manifest[i] for i in range(len(manifest))[:most]]
+    spread = np.linspace(0, len(manifest) - 1, min(most, len(manifest))).astype(int)
+    rows = [manifest[i] for i in spread.tolist()]       # of all videos, where captions of one lie together
     videos = {row["video"]: row for row in rows}
     frames, videos = read_videos(manifest, videos.values(), model.config)
     place = {row["video"]: i for i, row in enumerate(videos)}

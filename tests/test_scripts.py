@@ -268,6 +268,41 @@ def test_bad_input_ends_in_one_line_and_status_2(home, unbroken, name):
     assert not (home / "bad").exists()
 
 
+def asked(answer="red", options=list("abcde"), place=0):
+    """The files of a set of questions on one clip, {name: its only row}."""
+    row = {"video": "clips/00000.gif", "question": "what colour?"}
+    return {"qa": row | {"answer": answer}, "mc_mine": row | {"options": options, "answer": place}}
+
+
+BAD_TASKS = {
+    "answers that training has not": ("qa", {"train": asked(), "val": asked(), "test": asked("beige")},
+                                      "qa_test.jsonl: none of its answers"),
+    "the same of val": ("qa", {"train": asked(), "val": asked("beige"), "test": asked()},
+                        "qa_val.jsonl: none of its answers"),
+    "four options": ("mc --set mine", {"train": asked(options=list("abcd"))}, "mc_mine_train.jsonl:1"),
+    "an answer out of range": ("mc --set mine", {"val": asked(place=5)}, "mc_mine_val.jsonl:1"),
+    "a model of the toy preset": ("qa --preset paper --init whole", {}, "--init whole"),
+    "no such model": ("qa --init nowhere", {}, "nowhere"),
+    "no such folder of clips": ("search anything --videos nowhere --init whole", None, "whole"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TASKS)
+def test_a_task_ends_bad_input_in_one_line_and_status_2(home, unbroken, tmp_path, name):
+    task, splits, named = BAD_TASKS[name]
+    flags = task.split()
+    if splits is not None:
+        for split in ("train", "val", "test"):
+            for files, row in splits.get(split, asked()).items():
+                (tmp_path / f"{files}_{split}.jsonl").write_text(json.dumps(row) + "\n")
+        (tmp_path / "clips").symlink_to(home / "clips/clips")
+        flags += ["--data", tmp_path, "--out", "bad", *QUICK, *["--init", "whole"] * ("--init" not in flags)]
+    said = run("finetune.py", *flags, folder=home, expect=2)
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and named in errors[0] and "Traceback" not in said
+    assert not (home / "bad").exists() and not (home / "search.png").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none(home):
     assert "--device cuda" in run("pretrain.py", "--device", "cuda", folder=home, expect=2)
