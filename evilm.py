@@ -787,7 +787,7 @@ def grid_of(x, window, sides):
 
 
 def torn_apart(sides, window, shift, device):
-    """Cells that meet in a window only as the shifted grid is closed to a ring: (windows, cells, cells)."""
+    """Pairs of a window's cells that were not neighbours before the shift: (windows, cells, cells)."""
     wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(sides, shift)]
     t, y, x = torch.meshgrid(*wrapped, indexing="ij")
     region = windows_of((4 * t + 2 * y + x)[None, ..., None], window)[0, ..., 0]            # (windows, cells)
@@ -962,8 +962,8 @@ class SemanticTokenizer(nn.Module):
             nn.init.normal_(self.head.weight, std=0.02)
 
     def start(self, frames):
-        """Sets VideoSwin's norms for weights that start from nothing, or its codes would long tell little but
-        the background: frames (B, T, 3, H, W). The ViT learns without."""
+        """Sets VideoSwin's norms for weights that start from nothing, or its codes would for long show little
+        but the background: frames (B, T, 3, H, W). The ViT learns without."""
         start_centred(self.encoder, normalise(frames, *IMAGENET))
 
     def embed(self, frames):
@@ -1041,13 +1041,13 @@ class Choice(nn.Module):
     one text and an output an answer; multiple choice has a text an option and one output. Without frames
     (None) only the texts are seen: the question-only model.
 
-    With `says` the head of MLM stays: `forward` then also takes (ids, mask, hidden), each (B, L), of the
+    With `fills_in` the head of MLM stays: `forward` then also takes (ids, mask, hidden), each (B, L), of the
     right option with its words hidden, and gives these words' logits (n, K). The paper has no such loss here.
     """
 
-    def __init__(self, model, outputs, says=False):
+    def __init__(self, model, outputs, fills_in=False):
         super().__init__()
-        self.model = without(model, "vtm_head", "mvm_head", *["mlm_head"] * (not says))
+        self.model = without(model, "vtm_head", "mvm_head", *["mlm_head"] * (not fills_in))
         self.head = nn.Linear(model.config.width, outputs)
         initialise(self.head)
         if outputs == 1:            # begins where zero-shot scoring ends: the difference of the 2-way logits
@@ -1212,7 +1212,7 @@ class Release:
     size: str = ""                      # the one of this kind that fits the paper preset
 
 
-RELEASES = [                            # a file is what the first tell in it says
+RELEASES = [                            # the first pattern that matches decides
     Release("a checkpoint of this project", r"token_type|quantizer\.codebook"),
     Release("an EdgeNeXt", r"stages\.\d+\.\d+\.xca\.temperature", EdgeNeXt, size="EdgeNeXt-Small"),
     Release("an EdgeNeXt under timm's names", r"stages\.\d+\.blocks\.\d+\.xca\.temperature"),

@@ -312,7 +312,7 @@ class Options(Choices):
         return row["options"][i] if i >= 0 else "none"
 
     def head(self, model):
-        return Choice(self.seen(model), 1, says=self.first > 0)
+        return Choice(self.seen(model), 1, fills_in=self.first > 0)
 
     def __call__(self, samples):
         """The batch, and `words` (B, L), True at the right option's words."""
@@ -739,8 +739,10 @@ def find_clips(folder):
     for path in sorted(folder.rglob("*")):
         images = path.is_dir() and any(p.suffix.lower() in (".jpg", ".jpeg", ".png") for p in path.iterdir())
         if images or path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
-            state, name = path.stat(), str(path.relative_to(folder))
-            found[name] = f"{name} {state.st_size} {state.st_mtime_ns}"
+            states = [part.stat() for part in (path.iterdir() if images else [path])]
+            size, changed_at = sum(s.st_size for s in states), max(s.st_mtime_ns for s in states)
+            name = str(path.relative_to(folder))
+            found[name] = f"{name} {size} {changed_at}"
     if not found:
         raise DataError(f"--videos {folder}: has no clips ({' '.join(sorted(VIDEO_SUFFIXES))}, or folders of "
                         "images)")

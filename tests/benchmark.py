@@ -209,7 +209,7 @@ def manifest(args, machine):
                                        "caption": f"a red circle of kind {i} moves left"}) + "\n")
         for name in ("first", "again"):
             seconds, grown, row_memory = in_own_process(open_manifest, path)
-            print(f"  opened the {name:<6} {seconds:6.2f} s, {grown:6.0f} MB more memory at most, "
+            print(f"  opened {name:<10} {seconds:6.2f} s, {grown:6.0f} MB more memory at most, "
                   f"{row_memory:+.0f} MB after 10,000 rows read")
 
 

@@ -70,7 +70,7 @@ def test_the_right_options_words_are_filled_in_by_the_head_of_mlm(tiny, model):
     frames, (ids, mask) = clips(tiny), texts(tiny, options=5)
     hidden = torch.zeros(3, tiny.max_words, dtype=torch.bool)
     hidden[0, 2], hidden[2, 3:5] = True, True
-    head = Choice(model, 1, says=True).eval()
+    head = Choice(model, 1, fills_in=True).eval()
     with torch.no_grad():
         alone, said = head(frames, None, None, right=(ids[:, 1], mask[:, 1], hidden))
         logits, again = head(frames, ids, mask, right=(ids[:, 1], mask[:, 1], hidden))
