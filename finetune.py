@@ -583,7 +583,7 @@ def train(args, machine):
     batches = batches_left(clips, run, args, machine)
     machine.say(f"{task.title}: {len(clips):,} lines, {run.steps:,} steps of {batches.batch_size}, {machine}")
     wrapped = machine.wrap(model, args.compile, idle=task.first > 0)
-    turn = min(round(task.first * run.steps), run.steps - 1)
+    task.turn = turn = min(round(task.first * run.steps), run.steps - 1)
     for batch in run.steps_of(make_loader(clips, batches, task, args, machine)):
         run.set_learning_rate(args.lr, base.config.warmup, turn)
         model.train()
@@ -623,7 +623,8 @@ def finish(task, model, run, args, machine):
     lines = [line for line in run.metrics() if line["split"] == "val"]
     series = {name: [(line["step"], line[name]) for line in lines] for name in (task.score, "loss")}
     pictures.curves([(f"{task.score}, val", {task.score: series[task.score]}, task.chance, True),
-                     ("loss, training", {"loss": series["loss"]}, {}, False)],
+                     ("loss, training" + f": hidden words alone to step {task.turn:,}" * bool(task.turn),
+                      {"loss": series["loss"]}, {}, False)],
                     run.folder / "curves.png", task.title)
     task.draw(model, args, machine, run.folder)
     report(task, scores, run, "")
