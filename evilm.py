@@ -114,6 +114,7 @@ class Config:
     # masking (4.1)
     mask_ratio: float = 0.40
     word_ratio: float = 0.15
+    mvm_weight: float = 1.0             # of L_MVM in Eq. (8); 0: cells are masked, none predicted
     blocks: bool = True                 # False: masked cells are drawn one by one (an experiment)
     negatives: int = 1                  # mismatched captions drawn, the nearest in words is taken; 1: random
     video_positions: float = 1.0        # times the sines of time and place in e^V; 0: none
@@ -1970,13 +1971,14 @@ def multiply_adds(config, words=30):
 TRACED = {
     r"video_encoder\.(downsample_layers\.\d|stages\.\d\.\d+|norm)": "3.1 EdgeNeXt", r"video_proj": "Eq. (1)",
     r"text_embedding": "3.1 BERT", r"text_encoder\.\d+": "3.1 BERT", r"text_proj": "Eq. (1)",
-    r"decoder\.\d+": "Eq. (2)", r"decoder_norm": "Eq. (2)", r"pooler": "3.4 VTM", r"(vtm|mlm)_head": "Eq. (8)",
-    r"mvm_head": "Eq. (3)"}
+    r"decoder\.\d+": "Eq. (2)", r"decoder_norm": "Eq. (2)", r"pooler": "3.4 VTM",
+    r"(vtm|mlm)_head": "Eq. (8)", r"mvm_head": "Eq. (3)"}
 TRACED_TOKENIZER = {
     r"encoder\.(patch|blocks\.\d+)": "3.3 E", r"proj": "3.3 E", r"quantizer": "Eq. (4), (7)",
     r"encoder\.(patch_embed\.proj|layers\.\d\.(blocks\.\d+|downsample))": "4.3 VideoSwin",
     r"expand": "3.3 D", r"decoder\.\d+": "3.3 D", r"head": "Eq. (5)"}
-TRACED_CALLS = {"encode_video": "Eq. (1)", "encode_text": "Eq. (1)", "fuse": "Eq. (2)", "read_words": "Eq. (5)"}
+TRACED_CALLS = {"encode_video": "Eq. (1)", "encode_text": "Eq. (1)", "fuse": "Eq. (2)",
+                "read_words": "Eq. (5)"}
 
 
 class Trace:

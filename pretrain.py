@@ -560,7 +560,7 @@ def train(args, machine):
         run.set_learning_rate(args.lr, config.warmup)
         if tokenizer is not None:
             batch["codes"] = labels(batch)
-        losses = learn(wrapped, batch, args, machine)
+        losses = learn(wrapped, batch, config, args, machine)
         run.optimise(losses)
         run.state["sums"] = sums = sums + losses
         if run.step in keep and machine.main:
@@ -581,7 +581,7 @@ def train(args, machine):
         finish(model, run, splits, online, collate, args, machine.alone())
 
 
-def learn(model, batch, args, machine):
+def learn(model, batch, config, args, machine):
     """The gradients of Eq. (8) on a batch, in parts (--accumulate) -> this process's share of each loss."""
     counts = dict(zip(LOSSES, machine.total(batch.pop("counts").tolist()).tolist()))
     losses = torch.zeros(len(args.objectives), device=machine.device)
@@ -592,7 +592,8 @@ def learn(model, batch, args, machine):
             # Each loss is a sum over the count of the whole batch; processes average, hence the factor.
             shares = [LOSSES[name](*predicted[name], counts[name]) * machine.world
                       for name in args.objectives]
-            sum(shares).backward()                                                          # Eq. (8)
+            weights = [config.mvm_weight if name == "mvm" else 1.0 for name in args.objectives]
+            sum(weight * share for weight, share in zip(weights, shares)).backward()        # Eq. (8)
         losses += torch.stack(shares).detach() / machine.world
     return losses
 

@@ -46,6 +46,8 @@ EXPERIMENTS = {
     "blocks": (("mvm", "mvm_copy", "mvm_mode", "mc", "vtm"), {
         "block-wise": (FINER, "", "--config mask_ratio=0.4"),
         "one by one": (FINER, "", "--config mask_ratio=0.4 --config blocks=False")}),
+    "mvm-weight": (("mc", "mc_shape", "r1", "vtm", "mlm"), {
+        "1": ("", "", ""), "0: masked, none predicted": ("", "", "--config mvm_weight=0.0")}),
     "codes": (("codebook_usage", "mvm", "mvm_copy", "mc"), {
         f"{codes}": ("", f"--config codes={codes}" * (codes != 64), "") for codes in (8, 64, 512)}),
     "code-dim": (("codebook_usage", "mvm", "mvm_copy", "mc"), {

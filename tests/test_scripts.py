@@ -243,6 +243,15 @@ def test_each_objective_can_be_trained_alone(home, objectives):
         assert (name in last) == (name in objectives)
 
 
+def test_mvm_can_mask_without_predicting(home, unbroken):
+    heads = {}
+    for weight in ("0", "1"):
+        run("pretrain.py", "--data", "clips", "--max-steps", 2, "--tokenizer", "runs/tokenizer", "--config",
+            f"mvm_weight={weight}", "--out", f"weight-{weight}", *QUICK, folder=home)
+        heads[weight] = weights(home / f"weight-{weight}/last.pt")["mvm_head.3.bias"]
+    assert not heads["0"].any() and heads["1"].any(), "a bias begins at 0 and has no decay"
+
+
 # -------------------------------------------------------------------------------------------------- bad input
 
 BAD = {
