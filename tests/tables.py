@@ -117,18 +117,23 @@ class Runs:
                         "--init", str(init), "--seed", str(seed), "--max-steps", str(steps), *flags)
 
     def begun(self, objectives, task, seed):
-        """A task fine-tuned from a model pretrained on `objectives`; where they are None, from one that knows
-        pictures alone, at the learning rate that is best on val for a seed that is not reported."""
-        if objectives:
-            return self.tuned(task, self.pretrained(objectives, seed) / "best.pt", seed, f"from-{objectives}")
+        """A task fine-tuned from a model pretrained on `objectives`, or from pictures alone (None)."""
+        if objectives is None:
+            return self.unpretrained(task, seed, self.encoder, "pictures")
+        return self.tuned(task, self.pretrained(objectives, seed) / "best.pt", seed, f"from-{objectives}")
 
+    def from_nothing(self, task, seed):
+        return self.unpretrained(task, seed, lambda seed: "none", "nothing")
+
+    def unpretrained(self, task, seed, init, name):
+        """A task fine-tuned without pretraining, at the learning rate that is best on val for a seed that is
+        not reported."""
         def best_on_val(lr):
-            tuned = self.tuned(task, self.encoder(CHOICE_SEED), CHOICE_SEED, f"choose-{lr:g}", "--lr",
-                               str(lr))
+            tuned = self.tuned(task, init(CHOICE_SEED), CHOICE_SEED, f"choose-{name}-{lr:g}", "--lr", str(lr))
             lines = lines_of(tuned)
             return max(line.get("r1", line.get("top1")) for line in lines if line["split"] == "val")
         lr = max(LEARNING_RATES, key=best_on_val)
-        return self.tuned(task, self.encoder(seed), seed, "from-pictures", "--lr", str(lr))
+        return self.tuned(task, init(seed), seed, f"from-{name}", "--lr", str(lr))
 
     def with_tokenizer(self, its, task, seed, flags=""):
         """A task fine-tuned from a model pretrained with that tokenizer, or without one where it is None."""
@@ -166,7 +171,12 @@ def tables(runs):
     def tasks(objectives, names):
         return [(partial(runs.begun, objectives, TASKS[name][0]), TASKS[name][1]) for name in names]
 
-    yield "tasks", list(TASKS), {"pictures alone": tasks(None, TASKS), "pretrained": tasks(full, TASKS)}
+    nothing = "--init-video none"
+    yield "tasks", list(TASKS), {
+        "from nothing": [(partial(runs.from_nothing, task), score) for task, score in TASKS.values()],
+        "... pretrained": [(partial(runs.with_tokenizer, "", task, flags=nothing), score)
+                           for task, score in TASKS.values()],
+        "from pictures": tasks(None, TASKS), "... pretrained, from pictures": tasks(full, TASKS)}
     yield "table5", ablated, {row: tasks(objectives, ablated) for row, objectives in ROWS.items()}
     yield "fig6", [f"{kind} {point:.0%}" for kind in ("MC", "probe") for point in POINTS], {
         row: [(partial(runs.at, objectives, point, task), "top1")
@@ -180,7 +190,7 @@ def tables(runs):
               *[(partial(runs.with_tokenizer, flags, task), "top1") for task in ("probe", "qa")]]
         for row, flags in TOKENIZERS.items()}
     yield "from-nothing", ["probe", "QA"], {
-        row: [(partial(runs.with_tokenizer, TOKENIZERS[row], task, flags="--init-video none"), "top1")
+        row: [(partial(runs.with_tokenizer, TOKENIZERS[row], task, flags=nothing), "top1")
               for task in ("probe", "qa")] for row in ("none", "pixels", "ViT, focal")}
     yield "losses", ["word_recall", "word_recall_macro", "codebook_usage"], {
         row: [(partial(runs.tokenizer, flags=flags), score)
