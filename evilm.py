@@ -1049,7 +1049,8 @@ class Choice(nn.Module):
     def __init__(self, model, outputs, fills_in=False):
         super().__init__()
         self.model = without(model, "vtm_head", "mvm_head", *["mlm_head"] * (not fills_in))
-        self.head = nn.Linear(model.config.width, outputs)
+        # A bias that all options share would change no softmax.
+        self.head = nn.Linear(model.config.width, outputs, bias=outputs > 1)
         initialise(self.head)
         if outputs == 1:            # begins where zero-shot scoring ends: the difference of the 2-way logits
             matched = model.vtm_head.weight.detach()
