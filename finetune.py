@@ -169,7 +169,7 @@ def begin(args, texts, manifest, machine):
 
 class Task:
     """What the tasks that train on clips share."""
-    first, begun = 0.0, True    # the share of the steps that something else has first; is it over?
+    first = 0.0             # the share of the steps, up to `turn`, that something else has first
 
     def clips(self, model, args, machine):
         return clips_of(self.splits["train"], self.config, args, train=True, mismatched=self.mismatched)
@@ -201,12 +201,14 @@ class Choices(Task):
             machine.say(f"{long:,} of {len(texts):,} test questions (with an option) are longer than "
                         f"max_words, {width}, and lose their end; --config max_words=NUMBER reads more")
 
+    def shown(self, batch):
+        return scale(batch["frames"]) if self.see == "both" else None
+
     def seen(self, model):
         return without(model, "video_encoder", "video_proj") if self.see == "text" else model
 
     def logits(self, model, batch):
-        frames = scale(batch["frames"]) if self.see == "both" else None
-        return model(frames, batch["ids"], batch["mask"])
+        return model(self.shown(batch), batch["ids"], batch["mask"])
 
     def loss(self, model, batch):
         return F.cross_entropy(self.logits(model, batch).float(), batch["targets"])
@@ -315,8 +317,10 @@ class Options(Choices):
         return Choice(self.seen(model), 1, fills_in=self.first > 0)
 
     def __call__(self, samples):
-        """The batch, and `words` (B, L), True at the right option's words."""
+        """The batch, and `words` (B, L), True at the right option's words, where they are to be hidden."""
         batch = super().__call__(samples)
+        if not self.first:
+            return batch
         rows = torch.arange(len(samples))
         ends = batch["mask"][rows, batch["targets"]].sum(1, keepdim=True) - 1               # where [SEP] is
         counts = [len(self.wordpiece.encode(s["row"]["options"][s["row"]["answer"]], self.config.max_words))
@@ -328,11 +332,11 @@ class Options(Choices):
     def loss(self, model, batch):
         if not self.first:
             return super().loss(model, batch)
-        frames, targets = scale(batch["frames"]) if self.see == "both" else None, batch["targets"]
+        targets = batch["targets"]
         clips = torch.arange(len(targets), device=targets.device)
         ids, mask, words = batch["ids"][clips, targets], batch["mask"][clips, targets], batch["words"]
-        options = (batch["ids"], batch["mask"]) if self.begun else (None, None)
-        logits, said = model(frames, *options, right=(ids.masked_fill(words, MASK), mask, words))
+        options = (batch["ids"], batch["mask"]) if self.run.step >= self.turn else (None, None)
+        logits, said = model(self.shown(batch), *options, right=(ids.masked_fill(words, MASK), mask, words))
         loss = mlm_loss(said, ids[words], len(targets))     # over clips, as the other is: -log p of an option
         return loss if logits is None else loss + F.cross_entropy(logits.float(), targets)
 
@@ -588,7 +592,6 @@ def train(args, machine):
         run.set_learning_rate(args.lr, base.config.warmup, turn)
         model.train()
         losses = torch.zeros(1, device=machine.device)
-        task.begun = run.step >= turn
         for part, sync in machine.parts(wrapped, batch, args.accumulate):
             with sync:
                 with machine.autocast():
@@ -696,7 +699,7 @@ def vectors_of_folder(model, folder, machine):
     from the weights; a clip is known by its name, size and time of change."""
     clips = find_clips(folder)
     path = folder / f".vectors-{pretrain.digest_of(model).hexdigest()[:12]}.npz"
-    known, found = read_vectors(path), {}
+    known, names = read_vectors(path), []
     try:
         for name, key in tqdm(clips.items(), "vectors", unit="clip", leave=False):
             if key not in known:
@@ -706,12 +709,12 @@ def vectors_of_folder(model, folder, machine):
                     tqdm.write(f"broken clip, left out: {error}")
                     continue
                 known[key] = embed_clips(model, frames[None], machine)[0].numpy()
-            found[name] = known[key]
-    finally:                        # after Ctrl-C as well
-        keep_vectors(path, [clips[name] for name in found], list(found.values()))
-    if not found:
+            names.append(name)
+    finally:                        # after Ctrl-C as well, also of clips that were not yet come to
+        keep_vectors(path, {key: known[key] for key in clips.values() if key in known})
+    if not names:
         raise DataError(f"--videos {folder}: none of its clips can be read")
-    return list(found), np.stack(list(found.values()))
+    return names, np.stack([known[clips[name]] for name in names])
 
 
 def read_vectors(path):
@@ -723,10 +726,10 @@ def read_vectors(path):
         return {}
 
 
-def keep_vectors(path, keys, vectors):
+def keep_vectors(path, known):
     try:
         with open(path.with_suffix(".part"), "wb") as file:
-            np.savez(file, clips=np.array(keys), vectors=np.array(vectors))
+            np.savez(file, clips=np.array(list(known)), vectors=np.array(list(known.values())))
         path.with_suffix(".part").replace(path)
     except OSError as error:
         tqdm.write(f"{path}: vectors are not kept ({error.strerror})")

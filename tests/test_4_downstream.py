@@ -197,7 +197,9 @@ def test_words_come_first_then_options_as_well(tiny, randomise):
     task, batch = options_task(tiny)
     model = task.head(randomise(EViLM(task.config))).eval()
     losses = []
-    for task.begun in (False, True):
+    task.turn = 5
+    for step in (4, 5):
+        task.run = argparse.Namespace(step=step)
         losses.append(float(task.loss(model, batch).detach()))
     chosen = torch.nn.functional.cross_entropy(task.logits(model, batch), batch["targets"])
     assert losses[1] - losses[0] == pytest.approx(float(chosen.detach()), rel=1e-4)
@@ -367,6 +369,14 @@ def test_search_ranks_a_folder_and_computes_only_new_clips(go, home, capsys, mon
     next(videos.glob(".vectors-*")).write_bytes(b"damaged")
     search()
     assert len(computed) == 8
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def interrupted(*_):
+            raise KeyboardInterrupt
+        shutil.copy(home / "clips/clips/00004.gif", videos / "0.gif")           # comes first
+        patch.setattr(finetune, "read_frames", interrupted)
+        search()
+    search()
+    assert len(computed) == 9, "what was kept stays kept"
 
 
 def test_ask_names_answers_with_probabilities(go, home, capsys):
@@ -429,7 +439,7 @@ def test_an_absent_video_is_counted_and_leaves_the_scores_alone(go, home, tmp_pa
     rows(tmp_path / f"{files}_train.jsonl", lines + gone)
     if "probe" not in flags:
         _, said = go(*flags, "--out", str(tmp_path / "all"), data=str(tmp_path))
-        assert "replaced" in said
+        assert "replaced: " in said and "gone-test.gif" in said and "broken clips: 0" not in said
 
 
 def test_without_one_readable_clip_nothing_is_scored(go, home, tmp_path):
