@@ -1441,14 +1441,15 @@ class NotFinite(InputError):
 
 def common_flags(description, stage="", settings=None):
     """The flags that all scripts share. `stage` is the prefix of the presets' settings ("tokenizer_" ...);
-    a task has `settings` of its own, {"toy": {"epochs": ...}, "paper": ...}."""
+    a task has `settings` of its own, {"toy": {"epochs": ...}, "paper": ..., "toy of captions": ...}."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=settings is None,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def preset(name):
-        toy, paper = ([settings[preset][name] for preset in ("toy", "paper")] if settings else
-                      [getattr(config, stage + name) for config in (Config.toy(), Config.paper())])
-        return f"default: the preset's, {toy:g} in toy, {paper:g} in paper"
+        found = ({preset: its[name] for preset, its in settings.items() if name in its} if settings else
+                 {config.preset: getattr(config, stage + name) for config in (Config.toy(), Config.paper())})
+        values = ", ".join(f"{value:g} in {preset}" for preset, value in found.items())
+        return f"default: the preset's, {values}"
 
     add = parser.add_argument
     add("--data", default="data/toy", metavar="DIR", help="folder of clips with train.jsonl or "

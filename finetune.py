@@ -29,7 +29,7 @@ from evilm import (MASK, Choice, EViLM, FastRetrieval, InputError, LinearProbe, 
                    checkpoint_path, common_flags, config_of, configure, contrastive_loss, load,
                    make_optimizer, mlm_loss, nearest, on_device, positive, prefetch, preset_named,
                    ranks_by_cosine, run_script, set_up, vtm_loss, vtm_targets, without)
-from pretrain import read_frames, read_videos, recalls, score_retrieval
+from pretrain import Ranking, name_broken, read_frames, read_videos, recalls, score_retrieval
 from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans
 from train_tokenizer import (batches_left, clips_of, encode_padded, evaluation_loader, make_loader,
                              make_vocabulary, open_clips, pad, scale)
@@ -98,7 +98,8 @@ def fraction(text):
 
 
 def add_task(commands, name):
-    flags = common_flags(None, settings=SETTINGS[name])
+    settings = SETTINGS[name] | ({"toy of captions": MC_CAPTION["toy"]} if name == "mc" else {})
+    flags = common_flags(None, settings=settings)
     task = commands.add_parser(name, parents=[flags], allow_abbrev=False, help=TASKS_HELP[name])
     task.add_argument("--init", default="runs/pretrain/best.pt", metavar="PATH|none", help="a run or "
                       "checkpoint of pretrain.py, or of retrieval --scoring joint; runs/encoder: pictures "
@@ -407,16 +408,17 @@ class Retrieval(Task):
 
     def evaluate(self, model, split, args, machine):
         """-> {"r1", "r5", "r10", "median_rank"}; joint scoring takes 100 captions from all over val."""
-        manifest = self.splits[split]
+        given = model, self.splits[split], self.wordpiece, machine
         if self.mismatched:
-            most = 100 if split == "val" else len(manifest)
-            found, *self.drawn = score_retrieval(model, manifest, self.wordpiece, machine, most)
+            most = 100 if split == "val" else len(self.splits[split])
+            found, self.ranking = score_retrieval(*given, most, self.run.note)
         else:
-            found, *self.drawn = score_fast_retrieval(model, manifest, self.wordpiece, machine)
+            found, self.ranking = score_fast_retrieval(*given, self.run.note)
         return found
 
     def draw(self, model, args, machine, folder):
-        pretrain.draw_retrieval(*self.drawn, folder / "retrieval.png", title=f"{self.title} on test")
+        pretrain.draw_retrieval(self.ranking, self.splits["test"], self.config, folder / "retrieval.png",
+                                title=f"{self.title} on test")
 
 
 def from_all(values):
@@ -446,17 +448,17 @@ def embed_clips(model, frames, machine):
 
 
 @torch.no_grad()
-def score_fast_retrieval(model, manifest, wordpiece, machine):
-    """Fast retrieval (4.4) -> (scores by name; what draw_retrieval takes): the same as score_retrieval's."""
+def score_fast_retrieval(model, manifest, wordpiece, machine, note=name_broken):
+    """Fast retrieval (4.4) -> (scores by name, the Ranking), as score_retrieval's."""
     model.eval()
     rows = list(manifest)
-    frames, videos = read_videos(manifest, {row["video"]: row for row in rows}.values(), model.model.config)
+    vectors, videos = read_videos(manifest, {row["video"]: row for row in rows}.values(), model.model.config,
+                                  lambda frames: embed_clips(model, frames, machine), note)
     place = {row["video"]: i for i, row in enumerate(videos)}
     rows = [row for row in rows if row["video"] in place]
     queries = embed_captions(model, [row["caption"] for row in rows], wordpiece, machine)
-    vectors = embed_clips(model, frames, machine)
     ranks = ranks_by_cosine(queries, vectors, torch.tensor([place[row["video"]] for row in rows]))
-    return recalls(ranks), queries @ vectors.t(), ranks, frames, list(place), rows
+    return recalls(ranks), Ranking(rows, ranks, list(place), lambda q: vectors @ queries[q])
 
 
 # -------------------------------------------------------------------------------------------- linear probe

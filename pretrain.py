@@ -12,9 +12,11 @@ import hashlib
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -374,19 +376,33 @@ def read_frames(path, config):
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
-def read_videos(manifest, rows, config):
-    """The middle frames of the rows' clips -> (frames uint8 (n, T, 3, H, W), the rows with whole clips)."""
-    frames, whole = [], []
-    for row in rows:
-        try:
-            frames.append(read_frames(manifest.video_path(row), config))
-        except BrokenClip as error:
-            tqdm.write(f"broken clip, left out: {error}")
-            continue
-        whole.append(row)
-    if not frames:
+def name_broken(lines, what_became):
+    """As Run.note, where there is no run."""
+    for line in lines:
+        tqdm.write(f"broken clip, {what_became}: {line}")
+
+
+def read_videos(manifest, rows, config, encode=lambda frames: frames, note=name_broken, part=50):
+    """The rows' clips, `part` of them encoded at a time, so that no more frames are held than `encode` keeps.
+
+    encode: middle frames, uint8 (n, T, 3, H, W) -> (n, ...); they stay as they are without it.
+    -> (what it gives for all clips, the rows whose clips are whole). Raises DataError where none is.
+    """
+    rows, encoded, whole = list(rows), [], []
+    for start in range(0, len(rows), part):
+        frames = []
+        for row in rows[start:start + part]:
+            try:
+                frames.append(read_frames(manifest.video_path(row), config))
+            except BrokenClip as error:
+                note([str(error)], "left out")
+                continue
+            whole.append(row)
+        if frames:
+            encoded.append(encode(torch.stack(frames)))
+    if not whole:
         raise DataError(f"{manifest.path}: none of its clips can be read")
-    return torch.stack(frames), whole
+    return torch.cat(encoded), whole
 
 
 def encode_videos(model, frames, machine):
@@ -409,21 +425,28 @@ def recalls(ranks):
             "median_rank": float(ranks.float().quantile(0.5))}
 
 
+class Ranking(NamedTuple):
+    """What a retrieval found: the rows that asked, the ranks (Q,) of their videos, the names of all V videos,
+    and `scores(q)` (V,) of a row's number."""
+    rows: list
+    ranks: torch.Tensor
+    names: list
+    scores: Callable
+
+
 @torch.no_grad()
-def score_retrieval(model, manifest, wordpiece, machine, most=1000):
+def score_retrieval(model, manifest, wordpiece, machine, most=1000, note=name_broken):
     """Text-to-video retrieval by joint scoring: every caption with every video of the split.
 
-    -> (r1, r5, r10, median_rank; and apart for combinations never seen in training), scores (Q, V), frames,
-    rows.
+    -> (r1, r5, r10, median_rank; and apart for combinations never seen in training), the Ranking.
     """
     model.eval()
     spread = np.linspace(0, len(manifest) - 1, min(most, len(manifest))).astype(int)
     rows = [manifest[i] for i in spread.tolist()]       # of all videos, where captions of one lie together
-    videos = {row["video"]: row for row in rows}
-    frames, videos = read_videos(manifest, videos.values(), model.config)
+    video, videos = read_videos(manifest, {row["video"]: row for row in rows}.values(), model.config,
+                                lambda frames: encode_videos(model, frames, machine), note)
     place = {row["video"]: i for i, row in enumerate(videos)}
     rows = [row for row in rows if row["video"] in place]
-    video = encode_videos(model, frames, machine)
     text, mask = encode_captions(model, [row["caption"] for row in rows], wordpiece, machine)
     scores = []
     for t, m in tqdm(zip(text, mask), desc="joint scoring", total=len(text), unit="caption", leave=False):
@@ -438,20 +461,20 @@ def score_retrieval(model, manifest, wordpiece, machine, most=1000):
     unseen = torch.tensor([bool(row.get("unseen")) for row in rows])
     found |= {f"r{k}_unseen": percent((ranks[unseen] <= k).sum(), unseen.sum())
               for k in (1, 10)} if unseen.any() else {}
-    return found, scores, ranks, frames, list(place), rows
+    return found, Ranking(rows, ranks, list(place), lambda q: scores[q])
 
 
 @torch.no_grad()
-def score_choices(model, manifest, wordpiece, machine, most=1000):
+def score_choices(model, manifest, wordpiece, machine, most=1000, note=name_broken):
     """Multiple choice without training for it: the option whose caption fits best; a tie is wrong.
 
     -> {"mc": accuracy, "mc_unseen", and "mc_NAME" for each attribute NAME that the options differ in}.
     """
     model.eval()
-    frames, rows = read_videos(manifest, [manifest[i] for i in range(len(manifest))[:most]],
-                               model.config)
+    videos, rows = read_videos(manifest, [manifest[i] for i in range(len(manifest))[:most]], model.config,
+                               lambda frames: encode_videos(model, frames, machine), note)
     right, asked = Counter(), Counter()
-    for video, row in zip(encode_videos(model, frames, machine), rows):
+    for video, row in zip(videos, rows):
         text, mask = encode_captions(model, row["options"], wordpiece, machine)
         with machine.autocast():
             scores = model.match(video.expand(len(text), -1, -1), text, mask)[None].cpu()
@@ -501,14 +524,17 @@ def draw_masked(model, loader, labels, machine, path, clips=6):
                     path, "Masked video modeling: predicted codes of masked cells")
 
 
-def draw_retrieval(scores, ranks, frames, names, rows, path, queries=8, shown=5,
+def draw_retrieval(ranking, manifest, config, path, queries=8, shown=5,
                    title="Zero-shot text-to-video retrieval, joint scoring"):
     """Queries over the range of ranks, each with the clips that fit it best."""
+    rows, ranks, names, scores_of = ranking
     entries = []
     for q in ranks.argsort()[torch.linspace(0, len(ranks) - 1, min(queries, len(ranks))).long()].tolist():
-        found = [(frames[v].permute(0, 2, 3, 1).numpy(), float(scores[q, v]),
-                  names[v] == rows[q]["video"], "")
-                 for v in scores[q].argsort(descending=True)[:shown].tolist()]
+        scores, places = scores_of(q).topk(min(shown, len(names)))
+        best = [names[v] for v in places.tolist()]
+        frames = [read_frames(manifest.video_path({"video": name}), config) for name in best]
+        found = [(clip.permute(0, 2, 3, 1).numpy(), score, name == rows[q]["video"], "")
+                 for clip, score, name in zip(frames, scores.tolist(), best)]
         entries.append({"caption": rows[q]["caption"], "rank": int(ranks[q]), "found": found})
     pictures.retrieval(entries, path, title)
 
@@ -677,16 +703,15 @@ def finish(model, run, splits, labels, collate, args, machine):
         scores |= train_tokenizer.codebook_in_use(labels.tokenizer, loader, machine)
         draw_masked(model, loader, labels, machine, run.folder / "masked.png")
     if "vtm" in objectives:
-        found, *drawn = score_retrieval(model, splits["test"], wordpiece, machine)
-        scores |= found
-        draw_retrieval(*drawn, run.folder / "retrieval.png")
-        scores["retrieval_clips"] = len(drawn[2])
+        found, ranking = score_retrieval(model, splits["test"], wordpiece, machine, note=run.note)
+        scores |= found | {"retrieval_clips": len(ranking.names)}
+        draw_retrieval(ranking, splits["test"], config, run.folder / "retrieval.png")
         try:
             choices = open_split(args.data, "test", "mc_caption")
         except DataError:
             machine.say("no multiple choice: the folder has no mc_caption files")
         else:
-            scores |= score_choices(model, choices, wordpiece, machine)
+            scores |= score_choices(model, choices, wordpiece, machine, note=run.note)
     run.log(split="test", **scores)
     draw_curves(run, objectives, run.folder / "curves.png")
     for line in report(scores, objectives):

@@ -19,6 +19,7 @@ import io
 import os
 import re
 import reprlib
+import signal
 import sys
 import tempfile
 import textwrap
@@ -663,6 +664,8 @@ def main():
     args = parser.parse_intermixed_args()
     if (args.name is None) != (args.command == "list"):
         parser.error("list takes no name, the others take one: python tests/exercises.py start fuse")
+    if args.command in ("list", "reveal") and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # "list | head" ends without a traceback
     try:
         if args.command == "list":
             list_all()

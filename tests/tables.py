@@ -37,7 +37,7 @@ SIZES = {"small": "--config dims=8,16,32,64 --config width=64", "toy": "",
          "large": "--config dims=24,48,96,192 --config width=192"}
 TOKENIZERS = {"none": None, "pixels": "--target pixels", "VideoSwin": "--encoder videoswin",
               "ViT, BCE": "--loss bce", "ViT, focal": ""}
-FINER = "--config size=96"      # 3x3 cells a frame: 2x2 have room for three mask ratios
+FINER = "--config size=96 --config frames=2"    # 3x3 cells a frame: 2x2 have room for three mask ratios
 # The scores to look at (of pretraining, or a task's name), and of each row the flags of both stages, the
 # tokenizer's own, pretraining's own.
 EXPERIMENTS = {

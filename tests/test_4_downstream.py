@@ -293,9 +293,10 @@ def test_retrieval_ranks_a_video_once_however_many_captions_name_it(home, tmp_pa
     def joint(manifest):
         return pretrain.score_retrieval(model, manifest, wordpiece, CPU, len(manifest))
     for score in (fast, joint):
-        once, both = (score(open_split(tmp_path, name))[1:3] for name in ("test", "val"))
-        assert once[0].shape == (6, 6) and both[0].shape == (12, 6), "scores of captions and videos"
-        assert once[1].tolist() == both[1][:6].tolist() and max(both[1]) <= 6, "ranks"
+        once, both = (score(open_split(tmp_path, name))[1] for name in ("test", "val"))
+        assert len(once.rows) == 6 and len(both.rows) == 12 and once.names == both.names
+        assert both.scores(11).shape == (6,), "of a caption and all videos"
+        assert once.ranks.tolist() == both.ranks[:6].tolist() and max(both.ranks) <= 6
 
 
 def test_a_task_can_begin_from_an_encoder_of_pictures(go, home):
@@ -440,6 +441,17 @@ def test_an_absent_video_is_counted_and_leaves_the_scores_alone(go, home, tmp_pa
     if "probe" not in flags:
         _, said = go(*flags, "--out", str(tmp_path / "all"), data=str(tmp_path))
         assert "replaced: " in said and "gone-test.gif" in said and "broken clips: 0" not in said
+
+
+def test_retrieval_names_an_absent_video_once_and_ranks_the_others(go, home, tmp_path):
+    splits, _ = open_splits(home / "clips")
+    for name, manifest in splits.items():
+        lines = [row | {"video": str(home / "clips" / row["video"])} for row in manifest]
+        rows(tmp_path / f"{name}.jsonl", lines + [lines[0] | {"video": "gone.gif"}] * (name == "val"))
+    whole, _ = go("retrieval", "--out", str(tmp_path / "whole"), "--epochs", "2")
+    last, said = go("retrieval", "--out", str(tmp_path / "gone"), "--epochs", "2", data=str(tmp_path))
+    assert said.count("gone.gif") == 1 and "broken clips: 1" in said
+    assert last == pytest.approx(whole)
 
 
 def test_without_one_readable_clip_nothing_is_scored(go, home, tmp_path):
