@@ -1463,7 +1463,7 @@ def common_flags(description, stage="", settings=None):
     add("--batch-size", type=positive, help="clips a step in all; processes and --accumulate divide them "
         f"({preset('batch_size')})")
     add("--accumulate", type=positive, default=1, help="cut each batch in so many parts that are computed "
-        "one after another: less memory, the same gradients (default: 1)")
+        "one after another: less memory, the same gradients where there is no dropout (default: 1)")
     add("--lr", type=float, help=f"peak learning rate ({preset('lr')})")
     add("--workers", type=int, default=max(0, min(4, (os.cpu_count() or 2) - 2)), help="processes that read "
         "clips; changes no result (default: all cores but two, at most 4; here %(default)s)")
@@ -1507,8 +1507,11 @@ def changed(config, changes):
         name, _, text = change.partition("=")
         if name not in asdict(config):
             raise InputError(f"--config {change}: Config has no field {name!r}; evilm.py lists them")
-        if isinstance(getattr(config, name), str):
-            raise InputError(f"--config {change}: {name} is chosen by --{name.removeprefix('tokenizer_')}")
+        if isinstance(getattr(config, name), str) or name in ("epochs", "batch_size", "lr"):
+            flag = name.removeprefix("tokenizer_").replace("_", "-")
+            raise InputError(f"--config {change}: {name} is chosen by --{flag}")
+        if name == "words":
+            raise InputError(f"--config {change}: words follows from the vocabulary; vocab_rows bounds it")
         kind = type(getattr(config, name))
         try:
             value = (tuple(map(int, text.split(","))) if kind is tuple
@@ -1621,9 +1624,14 @@ def set_up(device="auto", precision="auto"):
 
 
 def run_script(main, *user_errors):
-    """Runs a script's main: what the user can mend ends in one line and status 2, Ctrl-C in status 130."""
+    """Runs a script's main: what the user can mend ends in one line and status 2, Ctrl-C in status 130,
+    a reader that went away in 141, as SIGPIPE would."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:                 # "--trace | head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (InputError, *user_errors) as error:
         sys.exit(fail(f"error: {error}", 2))
     except OSError as error:

@@ -1,7 +1,7 @@
 """Stage 2: video-language pretraining (3.4), L = L_MLM + L_VTM + L_MVM. The main job.
 
     python pretrain.py                                  the toy preset on the synthetic set, on what there is
-    python pretrain.py --device cuda --preset paper --data webvid
+    python pretrain.py --device cuda --preset paper --data data/webvid
     torchrun --nproc-per-node=2 pretrain.py             over processes; several nodes: torchrun's own flags
 
 First trains the video encoder (on pictures) and the tokenizer, if they are missing. Leaves in --out: last.pt

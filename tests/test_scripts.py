@@ -263,6 +263,8 @@ BAD = {
     "kept codes of another kind of checkpoint": (("--tokenizer", "whole/best.pt"), "tokenizer"),
     "vocabulary is not there": (("--vocab", "nowhere.txt"), "nowhere.txt"),
     "share is no number": (("--keep-at", "half"), "--keep-at"),
+    "a field that has a flag": (("--config", "batch_size=8"), "--batch-size"),
+    "a field that follows from the words": (("--config", "words=8"), "vocab_rows"),
 }
 
 
