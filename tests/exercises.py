@@ -16,6 +16,7 @@ import faulthandler
 import importlib
 import inspect
 import io
+import json
 import os
 import re
 import reprlib
@@ -69,6 +70,7 @@ EXERCISES = [
             test_parts.py::test_xca_by_hand_mixes_two_channels_three_to_one
             test_parts.py::test_xca_by_hand_long_and_short_channels_are_attended_to_alike
             test_parts.py::test_xca_each_head_has_its_own_channels_and_its_own_temperature
+            test_parts.py::test_xca_against_a_plain_computation
             test_3_1_model.py::test_edgenext_against_a_plain_computation""",
         wrong="""
             # Lengths are taken over a head's channels, as if cells attended to cells.
@@ -214,14 +216,17 @@ EXERCISES = [
     Exercise(
         "nearest-code", "VectorQuantizer.forward", "Eq. (4)", level=1, minutes=20, ends="ids",
         breaks="A cell has no code, so masked video modeling has no label to predict.",
-        hint="The lines below need three names: x (..., dim) and codebook (M, dim), both l2-normalised and "
-             "in float32, and ids (...): argmin_j ||x - c_j||. Between unit vectors ||x - c||^2 = 2 - 2 "
-             "x.c. Under autocast a product of matrices is made in bfloat16, where near codes tie: turn it "
-             "off for that.",
+        hint="The lines below need three names: x (..., dim), assigned anew, and codebook (M, dim), both "
+             "l2-normalised and in float32, and ids (...): argmin_j ||x - c_j||. Between unit vectors "
+             "||x - c||^2 = 2 - 2 x.c. Under autocast a product of matrices is made in bfloat16, where near "
+             "codes tie: turn it off for that. ids need no gradient, but x and codebook pass theirs on: "
+             "both learn by Eq. (7).",
         tests="""
             test_3_3_tokenizer.py::test_eq4_nearest_code
             test_3_3_tokenizer.py::test_tokenize_gives_a_code_a_cell_and_needs_no_gradient
-            test_3_3_tokenizer.py::test_eq4_nearest_code_under_autocast""",
+            test_3_3_tokenizer.py::test_eq4_nearest_code_under_autocast
+            test_3_3_tokenizer.py::test_eq7_code_terms
+            test_3_3_tokenizer.py::test_eq7_gradients_go_where_stop_gradient_lets_them""",
         wrong="""
             # The longest codes have the largest inner products, near or not.
             x, codebook = F.normalize(x.float(), dim=-1), self.codebook.float()
@@ -464,13 +469,13 @@ def explain(error, path):
              or Path(frame.f_code.co_filename).name.startswith("test_")]
     if not known:
         return [said(error)]
-    frame, line = known[-1]
-    if frame.f_code.co_filename == str(path):
-        return [at_line(path, line), "This part is still to be written."
+    if known[-1][0].f_code.co_filename == str(path):
+        original = (ROOT / "evilm.py").read_text().splitlines()
+        inside = [at_line(path, line) for frame, line in known if frame.f_code.co_filename == str(path)]
+        own = [place for place in inside if not any(place.endswith(f": {text.strip()}") for text in original)]
+        places = [*own[-1:], *inside[-1:]]      # the student's last line, then where that led
+        return [*dict.fromkeys(places), "This part is still to be written."
                 if isinstance(error, NotImplementedError) else said(error)]
-    if isinstance(error, ImportError):
-        return [said(error), "The tests ask for what your copy has not: was a name changed, or was it begun "
-                "from an older evilm.py?"]
     frame, line = next(one for one in known if one[0].f_code.co_name.startswith("test_"))
     statement = statement_at(frame.f_code.co_filename, line)
     lines = [f"{near_cwd(frame.f_code.co_filename)}, line {line}: {ast.unparse(statement)}"]
@@ -494,10 +499,11 @@ CUT_SHORT = ["Something in your copy ended the test or all of Python: an exit, a
 
 
 class Claims:
-    """A pytest plugin: {test: None where it held, else lines that say why not}, without those not tried."""
+    """A pytest plugin: {test: None where it held, else lines that say why not}, without those not tried;
+    kept in the file `found` as well, for a process that is ended."""
 
-    def __init__(self, path):
-        self.path, self.why = path, {}
+    def __init__(self, path, found):
+        self.path, self.found, self.why = path, found, {}
 
     def pytest_runtest_logreport(self, report):
         test = report.nodeid.split("[")[0]
@@ -505,6 +511,7 @@ class Claims:
             self.why[test] = self.why.get(test) or CUT_SHORT
         elif report.when == "call":
             self.why.setdefault(test, None)
+        self.found.write_text(json.dumps(self.why))
 
     def pytest_exception_interact(self, node, call, report):
         test, error = node.nodeid.split("[")[0], call.excinfo.value
@@ -514,11 +521,17 @@ class Claims:
             self.why[test] = explain(cause or error, self.path) + [f"printed   {line}" for line in prints]
 
 
+def names_of(source):
+    """The functions and classes that a module has."""
+    return [node.name for node in ast.parse(source).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+
+
 def examine(path, tests, seconds, log):
     """Runs the tests against the evilm.py at `path` -> {test: None where it holds, else lines that say why}.
 
     Tests that were not tried are not in it. For a process of its own: it swaps modules, and after `seconds`
-    it ends itself, leaving in `log` where it was.
+    it ends itself, leaving in `log` where it was, and beside it what it had found.
     """
     import pytest
     import torch                        # noqa: F401  a slow disk's time is not the student's
@@ -526,12 +539,16 @@ def examine(path, tests, seconds, log):
         del sys.modules[name]
     sys.path.insert(0, str(path.parent))
     os.environ["PYTHONBREAKPOINT"] = "0"        # no one could answer the debugger
-    claims, nowhere = Claims(path), io.StringIO()
+    claims, nowhere = Claims(path, log.with_suffix(".json")), io.StringIO()
     with (open(log, "w") as file, contextlib.redirect_stdout(nowhere),
           contextlib.redirect_stderr(nowhere)):
         faulthandler.dump_traceback_later(seconds, exit=True, file=file)
         try:
-            importlib.import_module("evilm")        # pytest's own path comes too late to change this
+            copy = importlib.import_module("evilm")        # pytest's own path comes too late to change this
+            missing = [name for name in names_of((ROOT / "evilm.py").read_text()) if not hasattr(copy, name)]
+            if missing:
+                return dict.fromkeys(tests, [f"Your copy has no {missing[0]}: was a name changed, was it "
+                                             "damaged, or begun from an older evilm.py?"])
             pytest.main([*(f"{TESTS / test}" for test in tests), f"--rootdir={TESTS}",
                          f"--config-file={ROOT / 'pyproject.toml'}", "--assert=plain", "--tb=no",
                          *(f"-pno:{plugin}" for plugin in ("cacheprovider", "debugging", "faulthandler",
@@ -551,18 +568,23 @@ def examine(path, tests, seconds, log):
 
 
 def answer(path, tests, seconds):
-    """What `examine` finds in a process of its own; of one that did not end only where it was."""
+    """What `examine` finds in a process of its own; of one that did not end also where it was."""
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as process:
-        log = Path(folder) / "log"
+        log = Path(folder) / "log.txt"
         try:
             return process.submit(examine, path, tests, seconds, log).result()
         except BrokenProcessPool:
             places = re.findall(r'File "(.*)", line (\d+) in (\w+)', log.read_text())
-    test = next((test for _, _, name in places for test in tests if test.endswith(f"::{name}")), tests[0])
+            kept = log.with_suffix(".json")
+            found = json.loads(kept.read_text()) if kept.exists() else {}
+    found = {test: found[test] for test in tests if test in found}
+    untried = next((test for test in tests if test not in found), tests[0])
+    test = next((test for _, _, name in places for test in tests if test.endswith(f"::{name}")), untried)
     if not places:
-        return {test: ["Python ended without a word: out of memory?"]}
+        return found | {test: ["Python ended without a word: a crash, an exit, out of memory?"]}
     why = [at_line(file, int(line)) for file, line, _ in places if file == str(path)][:1]
-    return {test: [*why, f"No end after {seconds:g} seconds: an endless loop? (Slow machine: --seconds 60)"]}
+    return found | {test: [*why, f"No end after {seconds:g} seconds: an endless loop? (Slow machine: "
+                           "--seconds 60)"]}
 
 
 # ----------------------------------------------------------------------------------------------- The commands
@@ -574,6 +596,18 @@ class Refused(Exception):
 
 def copy_of(exercise):
     return ROOT / "exercises" / exercise.name / "evilm.py"
+
+
+def read(exercise):
+    """The student's copy. Raises Refused."""
+    path = copy_of(exercise)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise Refused(f"{exercise.name} is not begun: {typed('start', exercise)}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise Refused(f"{near_cwd(path)}, line {line}: is not UTF-8; save the file as that") from None
 
 
 def typed(command, exercise):
@@ -589,7 +623,8 @@ def list_all():
         print(f"{exercise.name:<17} {exercise.paper:<13} level {exercise.level}, {exercise.minutes} minutes: "
               f"{exercise.target}")
         print(textwrap.indent(without(exercise), " " * 6))
-    print("\nLevel 1 is a few lines, 2 one idea to get right, 3 a whole step. To begin:\n"
+    print("\nLevel 1 is a few lines, 2 one idea to get right, 3 a whole step. To begin, "
+          "mask-frames or\nrecall-at-k is a good first one:\n"
           f"python {sys.argv[0]} start NAME")
 
 
@@ -608,12 +643,11 @@ def start(exercise):
 def check(exercise, seconds=SECONDS):
     """Says which claims hold, and of the first that fails why -> whether all do."""
     path, tests = copy_of(exercise), exercise.tests.split()
-    if not path.exists():
-        raise Refused(f"{exercise.name} is not begun: {typed('start', exercise)}")
     try:
-        compile(path.read_text(), path, "exec")
+        compile(read(exercise), path, "exec")
     except SyntaxError as error:
-        print(f"{near_cwd(path)}, line {error.lineno}: {(error.text or '').strip()}\n{said(error)}")
+        print(f"{near_cwd(path)}, line {error.lineno}: {(error.text or '').strip()}\n"
+              f"{type(error).__name__}: {error.msg}")
         return False
     why = answer(path, tests, seconds)
     failed = [test for test in tests if why.get(test)]
@@ -629,11 +663,9 @@ def check(exercise, seconds=SECONDS):
 
 
 def reveal(exercise):
-    path, source = copy_of(exercise), (ROOT / "evilm.py").read_text()
-    if not path.exists():
-        raise Refused(f"{exercise.name} is not begun: {typed('start', exercise)}")
-    diff = difflib.unified_diff(path.read_text().splitlines(), source.splitlines(), near_cwd(path),
-                                "evilm.py", lineterm="")
+    source = (ROOT / "evilm.py").read_text()
+    diff = difflib.unified_diff(read(exercise).splitlines(), source.splitlines(),
+                                near_cwd(copy_of(exercise)), "evilm.py", lineterm="")
     print("\n".join(diff) or "There is no difference.")
 
 
@@ -641,7 +673,7 @@ def limit(text):
     """The value of --seconds: more than none, an hour at most."""
     value = float(text)
     if not 0 < value <= 3600:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 3600")
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 3600")
     return value
 
 
@@ -662,9 +694,11 @@ def main():
     parser.add_argument("--seconds", type=limit, default=SECONDS, metavar="S",
                         help=f"check: after how many an endless loop is called one (default: {SECONDS})")
     args = parser.parse_intermixed_args()
-    if (args.name is None) != (args.command == "list"):
-        parser.error("list takes no name, the others take one: python tests/exercises.py start fuse")
-    if args.command in ("list", "reveal") and hasattr(signal, "SIGPIPE"):
+    if args.command == "list" and args.name:
+        parser.error("list takes no name")
+    if args.command != "list" and not args.name:
+        parser.error(f"{args.command} takes an exercise's name: python {sys.argv[0]} {args.command} fuse")
+    if args.command != "check" and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # "list | head" ends without a traceback
     try:
         if args.command == "list":

@@ -92,8 +92,9 @@ def test_eq4_nearest_code(quantizer):
 def test_eq4_nearest_code_under_autocast():
     quantizer, x = VectorQuantizer(500, 6), torch.randn(200, 6)
     with torch.autocast("cpu", torch.bfloat16):
-        ids = quantizer(x)[1]
+        ids, of_halves = quantizer(x)[1], quantizer(x.bfloat16())[1]
     assert torch.equal(ids, nearest(x, quantizer.codebook.detach())[0])
+    assert torch.equal(of_halves, nearest(x.bfloat16(), quantizer.codebook.detach())[0])
 
 
 def test_eq7_code_terms(quantizer):

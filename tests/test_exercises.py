@@ -260,8 +260,41 @@ def test_an_error_outside_of_the_part_is_said_too(why):
 
 def test_a_copy_that_lacks_what_the_tests_ask_for_may_be_an_older_one(why):
     older = SOURCE.replace("SDTAEncoder", "OlderName")
-    for missing, advice in why(exercises.named("recall-at-k"), older).values():
-        assert "cannot import name 'SDTAEncoder'" in missing and "older evilm.py" in advice
+    for missing, in why(exercises.named("recall-at-k"), older).values():
+        assert "has no SDTAEncoder" in missing and "older evilm.py" in missing
+
+
+def test_an_error_below_the_students_lines_is_said_with_theirs_first(why):
+    exercise = exercises.named("joint-pass")
+    part = "h_cls, _, _ = self.fuse(frames, frames, mask)"
+    for own, below, message in why(exercise, replaced(SOURCE, exercise, part)).values():
+        assert own.endswith(part) and "evilm.py, line" in below and not below.endswith(part)
+        assert "Error: " in message
+
+
+NEAREST = "x, codebook = F.normalize(x.float(), dim=-1), F.normalize({codebook}.float(), dim=-1)\n"
+
+
+@pytest.mark.parametrize("part", [
+    "with torch.no_grad():\n    " + NEAREST.format(codebook="self.codebook"),
+    NEAREST.format(codebook="self.codebook.data"),
+    NEAREST.format(codebook="self.codebook").replace("x.float()", "x")])
+def test_codes_that_cannot_learn_are_told_so(why, part):
+    exercise = exercises.named("nearest-code")
+    rest = "with torch.autocast(x.device.type, enabled=False):\n    ids = (x @ codebook.t()).argmax(-1)"
+    assert any(why(exercise, replaced(SOURCE, exercise, part + rest)).values())
+
+
+@pytest.mark.parametrize("old, new", [("(q, dim=-1) @ F.normalize(k,", "(k, dim=-1) @ F.normalize(q,"),
+                                      (".softmax(-1)", ".softmax(-2)"), ("self.proj(", "(")])
+def test_a_slip_in_xca_is_found_by_its_own_claims(why, old, new):
+    exercise = exercises.named("xca")
+    first, last, _ = lines_of_cut(SOURCE, exercise)
+    body = "\n".join(SOURCE.splitlines()[first:last])
+    assert old in body, "the slip is to be made in the body as it stands"
+    slipped = SOURCE.replace(body, body.replace(old, new))
+    own = [test for test in exercise.tests.split() if "_xca_" in test]
+    assert any(why(exercise, slipped)[test] for test in own)
 
 
 def test_an_endless_loop_ends_and_its_line_is_said(home, typed):
@@ -272,6 +305,24 @@ def test_an_endless_loop_ends_and_its_line_is_said(home, typed):
     line = lines_of_cut(SOURCE, exercise)[0] + 1
     assert f"evilm.py, line {line}: while True:" in said or f"evilm.py, line {line + 1}: word" in said
     assert "fails  WordPiece takes the longest piece first" in said and "No end after 2 seconds" in said
+
+
+def test_what_held_before_an_endless_loop_is_said(home, typed):
+    exercise = exercises.named("focal-loss")
+    first, last, _ = lines_of_cut(SOURCE, exercise)
+    body = "\n".join(SOURCE.splitlines()[first:last])
+    loop = "    while len(logits) == 1:\n        pass\n"
+    typed("start", "focal-loss")
+    (home / "exercises/focal-loss/evilm.py").write_text(SOURCE.replace(body, loop + body))
+    said = typed("check", "focal-loss", "--seconds", "4", expect=1)
+    assert "holds  Eq. (6) focal loss" in said and "fails  Eq. (6) does not overflow" in said
+
+
+def test_a_copy_that_is_not_utf8_is_refused_with_the_line(home, typed):
+    (home / "exercises/fuse").mkdir(parents=True)
+    (home / "exercises/fuse/evilm.py").write_bytes("# one\n# größe\n".encode("latin-1"))
+    for command in ("check", "reveal"):
+        assert "line 2: is not UTF-8" in typed(command, "fuse", expect=2)
 
 
 def test_what_makes_no_sense_is_refused_with_what_to_type(typed):

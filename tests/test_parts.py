@@ -51,6 +51,23 @@ def test_xca_each_head_has_its_own_channels_and_its_own_temperature():
     near(bare_attention(4, 2, [math.log(3), 0.0])(x), expected)
 
 
+def test_xca_against_a_plain_computation():
+    N, cells, dim, heads = 2, 5, 6, 3
+    xca, x, each = CrossCovarianceAttention(dim, heads), torch.randn(N, cells, dim), dim // heads
+    with torch.no_grad():
+        xca.temperature.copy_(torch.tensor([0.5, 1.0, 4.0])[:, None, None])
+        mixed = torch.empty(N, cells, dim)
+        for n in range(N):
+            q, k, v = (x[n] @ xca.qkv.weight.t() + xca.qkv.bias).t().split(dim)     # each (dim, cells)
+            for h in range(heads):
+                own = range(h * each, (h + 1) * each)
+                for i in own:
+                    scores = torch.stack([q[i] / q[i].norm() @ (k[j] / k[j].norm()) for j in own])
+                    weights = (scores * xca.temperature[h, 0, 0]).softmax(0)
+                    mixed[n, :, i] = sum(weight * v[j] for weight, j in zip(weights, own))
+        near(xca(x), mixed @ xca.proj.weight.t() + xca.proj.bias)
+
+
 # ------------------------------------------------------------------------------------------------ The cascade
 
 
