@@ -236,9 +236,11 @@ def main():
     runs = Runs(args.data, make=not args.show)
     wanted = [table for table in tables(runs) if table[0] in (args.wanted or [table[0]])]
     if runs.make:
-        with ThreadPoolExecutor(2) as two:      # all rows have the first seed early; a row's cells share runs
-            made = [two.submit(get, seed=seed) for seed in SEEDS for _, _, rows in wanted
-                    for column in zip(*rows.values()) for get, _ in column if get]
+        # All rows have the first seed early.
+        cells = [(get, seed) for seed in SEEDS for _, _, rows in wanted
+                 for column in zip(*rows.values()) for get, _ in column if get]
+        with ThreadPoolExecutor(2) as two:      # cells that share a run are one job, or one would wait
+            made = [two.submit(get, seed=seed) for get, seed in {str(cell): cell for cell in cells}.values()]
             try:
                 for one in made:
                     one.result()
