@@ -135,11 +135,15 @@ class Runs:
         lr = max(LEARNING_RATES, key=best_on_val)
         return self.tuned(task, init(seed), seed, f"from-{name}", "--lr", str(lr))
 
+    def labelled(self, its, seed, flags=""):
+        """A model pretrained with MVM's labels from that tokenizer, or without MVM where it is None."""
+        return self.pretrained(ROWS["VTM+MLM" if its is None else "VTM+MLM+MVM"], seed, flags, its or "")
+
     def with_tokenizer(self, its, task, seed, flags=""):
-        """A task fine-tuned from a model pretrained with that tokenizer, or without one where it is None."""
-        objectives, its = ROWS["VTM+MLM" if its is None else "VTM+MLM+MVM"], its or ""
-        init = self.pretrained(objectives, seed, flags, its) / "best.pt"
-        return self.tuned(task, init, seed, f"from-{objectives}{short(flags)}{short(its)}")
+        """A task fine-tuned from such a model."""
+        init = self.labelled(its, seed, flags)
+        name = init.name.removeprefix("pretrain-").removesuffix(f"-{seed}")
+        return self.tuned(task, init / "best.pt", seed, f"from-{name}")
 
     def at(self, objectives, point, task, seed):
         """Fig. 6: the model at a share of its pretraining, probed, or scored on multiple choice untrained."""
@@ -185,13 +189,16 @@ def tables(runs):
     yield "fig2", list(SIZES), {
         row: [(partial(runs.pretrained, objectives, flags=flags), "mc") for flags in SIZES.values()]
         for row, objectives in mvm.items()}
-    yield "tokenizers", ["codebook_usage", "probe", "QA"], {
+    yield "tokenizers", ["codebook_usage", "mc", "probe", "QA"], {
         row: [NOTHING if flags is None else (partial(runs.tokenizer, flags=flags), "codebook_usage"),
+              (partial(runs.labelled, flags), "mc"),
               *[(partial(runs.with_tokenizer, flags, task), "top1") for task in ("probe", "qa")]]
         for row, flags in TOKENIZERS.items()}
-    yield "from-nothing", ["probe", "QA"], {
-        row: [(partial(runs.with_tokenizer, TOKENIZERS[row], task, flags=nothing), "top1")
-              for task in ("probe", "qa")] for row in ("none", "pixels", "ViT, focal")}
+    yield "from-nothing", ["vtm", "mc", "r10", "probe", "QA"], {
+        row: [*[(partial(runs.labelled, TOKENIZERS[row], flags=nothing), score)
+                for score in ("vtm", "mc", "r10")],
+              *[(partial(runs.with_tokenizer, TOKENIZERS[row], task, flags=nothing), "top1")
+                for task in ("probe", "qa")]] for row in ("none", "pixels", "ViT, focal")}
     yield "losses", ["word_recall", "word_recall_macro", "codebook_usage"], {
         row: [(partial(runs.tokenizer, flags=flags), score)
               for score in ("word_recall", "word_recall_macro", "codebook_usage")]
