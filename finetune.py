@@ -29,7 +29,7 @@ from evilm import (MASK, Choice, EViLM, FastRetrieval, InputError, LinearProbe, 
                    checkpoint_path, common_flags, config_of, configure, contrastive_loss, load,
                    make_optimizer, mlm_loss, nearest, on_device, positive, prefetch, preset_named,
                    ranks_by_cosine, run_script, set_up, vtm_loss, vtm_targets, without)
-from pretrain import Ranking, name_broken, read_frames, read_videos, recalls, score_retrieval
+from pretrain import Ranking, name_broken, read_each_video, read_frames, recalls, score_retrieval
 from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans
 from train_tokenizer import (batches_left, clips_of, encode_padded, evaluation_loader, make_loader,
                              make_vocabulary, open_clips, pad, scale)
@@ -451,11 +451,8 @@ def embed_clips(model, frames, machine):
 def score_fast_retrieval(model, manifest, wordpiece, machine, note=name_broken):
     """Fast retrieval (4.4) -> (scores by name, the Ranking), as score_retrieval's."""
     model.eval()
-    rows = list(manifest)
-    vectors, videos = read_videos(manifest, {row["video"]: row for row in rows}.values(), model.model.config,
-                                  lambda frames: embed_clips(model, frames, machine), note)
-    place = {row["video"]: i for i, row in enumerate(videos)}
-    rows = [row for row in rows if row["video"] in place]
+    vectors, place, rows = read_each_video(manifest, list(manifest), model.model.config,
+                                           lambda frames: embed_clips(model, frames, machine), note)
     queries = embed_captions(model, [row["caption"] for row in rows], wordpiece, machine)
     ranks = ranks_by_cosine(queries, vectors, torch.tensor([place[row["video"]] for row in rows]))
     return recalls(ranks), Ranking(rows, ranks, list(place), lambda q: vectors @ queries[q])

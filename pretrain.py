@@ -405,6 +405,17 @@ def read_videos(manifest, rows, config, encode=lambda frames: frames, note=name_
     return torch.cat(encoded), whole
 
 
+def read_each_video(manifest, rows, config, encode, note):
+    """The videos that rows name, each read once however many name it, as read_videos does.
+
+    -> (what `encode` gives for all V, {name: its place among them}, the rows whose clips are whole).
+    """
+    named = {row["video"]: row for row in rows}.values()
+    encoded, videos = read_videos(manifest, named, config, encode, note)
+    place = {row["video"]: i for i, row in enumerate(videos)}
+    return encoded, place, [row for row in rows if row["video"] in place]
+
+
 def encode_videos(model, frames, machine):
     """e^V of many clips: frames uint8 (n, T, 3, H, W) -> (n, N, D)."""
     with machine.autocast():
@@ -443,10 +454,8 @@ def score_retrieval(model, manifest, wordpiece, machine, most=1000, note=name_br
     model.eval()
     spread = np.linspace(0, len(manifest) - 1, min(most, len(manifest))).astype(int)
     rows = [manifest[i] for i in spread.tolist()]       # of all videos, where captions of one lie together
-    video, videos = read_videos(manifest, {row["video"]: row for row in rows}.values(), model.config,
-                                lambda frames: encode_videos(model, frames, machine), note)
-    place = {row["video"]: i for i, row in enumerate(videos)}
-    rows = [row for row in rows if row["video"] in place]
+    video, place, rows = read_each_video(manifest, rows, model.config,
+                                         lambda frames: encode_videos(model, frames, machine), note)
     text, mask = encode_captions(model, [row["caption"] for row in rows], wordpiece, machine)
     scores = []
     for t, m in tqdm(zip(text, mask), desc="joint scoring", total=len(text), unit="caption", leave=False):

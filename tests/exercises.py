@@ -470,11 +470,11 @@ def explain(error, path):
     if not known:
         return [said(error)]
     if known[-1][0].f_code.co_filename == str(path):
-        original = (ROOT / "evilm.py").read_text().splitlines()
-        inside = [at_line(path, line) for frame, line in known if frame.f_code.co_filename == str(path)]
-        own = [place for place in inside if not any(place.endswith(f": {text.strip()}") for text in original)]
-        places = [*own[-1:], *inside[-1:]]      # the student's last line, then where that led
-        return [*dict.fromkeys(places), "This part is still to be written."
+        copy, original = (file.read_text().splitlines() for file in (Path(path), ROOT / "evilm.py"))
+        inside = [line for frame, line in known if frame.f_code.co_filename == str(path)]
+        own = [line for line in inside if copy[line - 1] not in original]
+        places = dict.fromkeys([*own[-1:], inside[-1]])     # the student's last line, then where that led
+        return [*(at_line(path, line) for line in places), "This part is still to be written."
                 if isinstance(error, NotImplementedError) else said(error)]
     frame, line = next(one for one in known if one[0].f_code.co_name.startswith("test_"))
     statement = statement_at(frame.f_code.co_filename, line)
