@@ -39,6 +39,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -1453,7 +1454,8 @@ def common_flags(description, stage="", settings=None):
 
     add = parser.add_argument
     add("--data", default="data/toy", metavar="DIR", help="folder of clips with train.jsonl or "
-        "captions.jsonl (default: data/toy, where the synthetic set is rendered on first use)")
+        "captions.jsonl; of tasks qa_train.jsonl, mc_NAME_train.jsonl, action_train.jsonl (default: "
+        "data/toy, where the synthetic set is rendered on first use)")
     add("--preset", default="toy", metavar="toy|paper", help="sizes and settings (default: toy)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
         help="default: auto, the best there is")
@@ -1464,9 +1466,9 @@ def common_flags(description, stage="", settings=None):
         f"({preset('batch_size')})")
     add("--accumulate", type=positive, default=1, help="cut each batch in so many parts that are computed "
         "one after another: less memory, the same gradients where there is no dropout (default: 1)")
-    add("--lr", type=float, help=f"peak learning rate ({preset('lr')})")
-    add("--workers", type=int, default=max(0, min(4, (os.cpu_count() or 2) - 2)), help="processes that read "
-        "clips; changes no result (default: all cores but two, at most 4; here %(default)s)")
+    add("--lr", type=partial(not_negative, kind=float), help=f"peak learning rate ({preset('lr')})")
+    add("--workers", type=not_negative, default=max(0, min(4, (os.cpu_count() or 2) - 2)), help="processes "
+        "that read clips; changes no result (default: all cores but two, at most 4; here %(default)s)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda, else fp32 "
         "(default: auto)")
     add("--compile", action="store_true", help="torch.compile the model: slow start, then faster "
@@ -1477,9 +1479,9 @@ def common_flags(description, stage="", settings=None):
     add("--resume", action="store_true", help="go on from OUT/last.pt, to the same weights as an unbroken "
         "run")
     add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
-    add("--config", metavar="NAME=VALUE", action="append", default=[], help="change any field of Config, "
-        "such as mask_ratio=0.5, dims=8,16,32,64, blocks=False (cells masked one by one), negatives=8 "
-        "(harder mismatched captions), video_positions=0; may be given several times")
+    add("--config", metavar="NAME=VALUE", action="append", default=[], help="change a field of Config "
+        "that no flag is for, such as mask_ratio=0.5, dims=8,16,32,64, blocks=False (cells masked one by "
+        "one), negatives=8 (harder mismatched captions), video_positions=0; may be given several times")
     add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions "
         "are kept (default: a vocabulary is made from the training captions)")
     add("--vocab-captions", metavar="FILE", help="captions, one a line, by which --vocab is cut, or a "
@@ -1494,11 +1496,21 @@ def positive(text):
     return value
 
 
+def not_negative(text, kind=int):
+    value = kind(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return value
+
+
 def preset_named(name):
     presets = {"toy": Config.toy, "paper": Config.paper}
     if name not in presets:
         raise InputError(f"--preset {name}: there is no such preset; it is one of {', '.join(presets)}")
     return presets[name]()
+
+
+SHARES = ("mask_ratio", "word_ratio", "dropout", "warmup", "tokenizer_warm")     # fields between 0 and 1
 
 
 def changed(config, changes):
@@ -1512,17 +1524,43 @@ def changed(config, changes):
             raise InputError(f"--config {change}: {name} is chosen by --{flag}")
         if name == "words":
             raise InputError(f"--config {change}: words follows from the vocabulary; vocab_rows bounds it")
-        kind = type(getattr(config, name))
-        try:
-            value = (tuple(map(int, text.split(","))) if kind is tuple
-                     else bool(("False", "True").index(text)) if kind is bool else kind(text))
-            config = replace(config, **{name: value})
-        except ValueError:
-            raise InputError(f"--config {change}: give {name} like {getattr(config, name)!r}") from None
+        config = replace(config, **{name: read_field(change, name, getattr(config, name), text)})
+    check_sizes(config)
+    return config
+
+
+def read_field(change, name, usual, text):
+    """A field's value from its text, of the kind and length of its `usual` value, in its range."""
+    kind = type(usual)
+    try:
+        value = (tuple(map(int, text.split(","))) if kind is tuple
+                 else bool(("False", "True").index(text)) if kind is bool else kind(text))
+    except ValueError:
+        value = None
+    if value is None or kind is tuple and len(value) != len(usual):
+        raise InputError(f"--config {change}: give {name} like {usual!r}")
+    least = 0 if kind in (float, bool) or name == "tokenizer_revive" else 1
+    most = 1 if name in SHARES else sys.maxsize
+    if not all(least <= part <= most for part in (value if kind is tuple else (value,))):
+        raise InputError(f"--config {change}: {name} goes from {least} {'to 1' if most == 1 else 'on'}")
+    return value
+
+
+def check_sizes(config):
+    """An InputError for sizes that no model can have together."""
+    if config.size % 32:
+        raise InputError(f"--config size={config.size}: cells have 32 pixels a side; give a multiple of 32")
+    shared = {"xca_heads": config.dims[1:], "text_heads": [config.text_width],
+              "decoder_heads": [config.width], "vit_heads": [config.vit_width],
+              "tokenizer_heads": [config.tokenizer_width]}
+    for name, widths in shared.items():
+        heads = getattr(config, name)
+        if any(width % heads for width in widths):
+            raise InputError(f"--config: {name}, {heads}, must divide the channels, "
+                             f"{' and '.join(map(str, widths))}")
     if not 3 <= config.max_words <= config.positions:
         raise InputError(f"--config max_words={config.max_words}: from 3 to {config.positions}, the "
                          "positions that the language encoder has")
-    return config
 
 
 def configure(args, stage=""):
@@ -1623,6 +1661,19 @@ def set_up(device="auto", precision="auto"):
     return Machine(torch.device(device), bf16, rank, world)
 
 
+def as_typed():
+    """The flags of this command, to be repeated in the next one with others behind them that win."""
+    return "".join(f" {shlex.quote(flag)}" for flag in sys.argv[1:] if flag != "--resume")
+
+
+def same_set(args):
+    """Those flags that the next stage needs as this one had them."""
+    usual = {"data": "data/toy", "preset": "toy", "vocab": None, "vocab_captions": None}
+    flags = [(f"--{name.replace('_', '-')}", getattr(args, name)) for name in usual
+             if getattr(args, name) != usual[name]] + [("--config", change) for change in args.config]
+    return "".join(f" {name} {shlex.quote(value)}" for name, value in flags)
+
+
 def run_script(main, *user_errors):
     """Runs a script's main: what the user can mend ends in one line and status 2, Ctrl-C in status 130,
     a reader that went away in 141, as SIGPIPE would."""
@@ -1635,9 +1686,11 @@ def run_script(main, *user_errors):
     except (InputError, *user_errors) as error:
         sys.exit(fail(f"error: {error}", 2))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(fail(f"error: no space left on the disk ({error}); the older checkpoint is whole", 2))
+        if error.filename is None:
             raise
-        sys.exit(fail(f"error: no space left on the disk ({error}); the older checkpoint is whole", 2))
+        sys.exit(fail(f"error: {error.filename}: {error.strerror}", 2))
     except KeyboardInterrupt:
         sys.exit(fail("interrupted", 130))
     finally:
@@ -1782,7 +1835,7 @@ class Run:
 
     def __init__(self, args, kind, config, vocab, extra, machine):
         self.folder, self.kind, self.machine, self.seed = Path(args.out), kind, machine, args.seed
-        self.save_every = args.save_every
+        self.save_every, self.strict = args.save_every, args.strict
         settings = {name: getattr(args, name) for name in (*self.DECIDE, *extra)}
         self.constant = {"kind": kind, "config": asdict(config), "vocab": vocab, "settings": settings}
         self.step, self.steps, self.best = 0, 0, -math.inf
@@ -1862,8 +1915,10 @@ class Run:
         self.check_finite()
 
     def note(self, lines, what_became):
-        """Names each broken clip once, and counts it."""
+        """Names each broken clip once, and counts it; with --strict the first ends the run."""
         for line in dict.fromkeys(lines):
+            if self.strict:
+                raise InputError(f"{line}; mend it, take out its line, or leave out --strict")
             if line not in self.broken:
                 self.machine.say(f"broken clip, {what_became}: {line}")
             self.broken.add(line)
@@ -1890,8 +1945,9 @@ class Run:
     def check_finite(self):
         """Looks at the step before's losses: by now they are there; CUDA need not wait for this step's."""
         if self.pending is not None and not torch.isfinite(self.machine.total(self.pending)).all():
-            raise NotFinite(f"the loss is not finite at step {self.step:,}; {self.folder}/last.pt is from "
-                            "before. A lower --lr or --precision fp32 may help")
+            before = f" {self.folder}/last.pt is from before." * (self.folder / "last.pt").exists()
+            raise NotFinite(f"the loss is not finite at step {self.step:,}.{before} A lower --lr or "
+                            "--precision fp32 may help")
 
     # ---- what it leaves
 
@@ -1920,15 +1976,27 @@ class Run:
     def metrics(self):
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
-    def say_speed(self):
+    def end_of_steps(self):
+        """Says how fast the steps went, and brings together which clips each process found broken."""
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin"
                                                                        else 2**20)
         if self.machine.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         if self.clips:
             self.machine.say(f"{self.clips / self.seconds:.0f} clips/s, {self.waited / self.seconds:.1%} of "
-                             f"the time spent waiting for clips, {memory:.2f} GiB at most; broken clips: "
-                             f"{len(self.broken)}")
+                             f"the time spent waiting for clips, {memory:.2f} GiB at most")
+        if self.machine.world > 1:
+            found = [None] * self.machine.world
+            dist.all_gather_object(found, self.broken)
+            self.note(sorted(set().union(*found)), "met by another process")
+
+    def say_end(self, command=""):
+        """The last lines: the pictures, how many clips were broken, what to type next."""
+        drawn = ", ".join(map(str, sorted(self.folder.glob("*.png"))))
+        self.machine.say(f"look at {drawn or self.folder}; all figures: {self.folder}/metrics.jsonl; "
+                         f"broken clips: {len(self.broken)}")
+        if command:
+            self.machine.say(f"next: {command}")
 
 
 def table8(config):

@@ -25,14 +25,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import pretrain
-from evilm import (MASK, Choice, EViLM, FastRetrieval, InputError, LinearProbe, Run, WordPiece, changed,
-                   checkpoint_path, common_flags, config_of, configure, contrastive_loss, load,
+from evilm import (MASK, Choice, EViLM, FastRetrieval, InputError, LinearProbe, Run, WordPiece, as_typed,
+                   changed, checkpoint_path, common_flags, config_of, configure, contrastive_loss, load,
                    make_optimizer, mlm_loss, nearest, on_device, positive, prefetch, preset_named,
-                   ranks_by_cosine, run_script, set_up, vtm_loss, vtm_targets, without)
+                   ranks_by_cosine, run_script, same_set, set_up, vtm_loss, vtm_targets, without)
 from pretrain import Ranking, name_broken, read_each_video, read_frames, recalls, score_retrieval
 from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans
+from toy_data.clips import VIDEO_SUFFIXES
 from train_tokenizer import (batches_left, clips_of, encode_padded, evaluation_loader, make_loader,
-                             make_vocabulary, open_clips, pad, scale)
+                             make_vocabulary, open_clips, pad, render_if_asked, scale)
 
 # Epochs, learning rate and clips a step of each task. The paper gives retrieval's alone (4.4): "task-specific
 # learning rates/epochs" (4.1).
@@ -49,7 +50,7 @@ SETTINGS = {
 }
 # Captions are what pretraining was about, and the toy set has three times as many of them as questions.
 MC_CAPTION = {"toy": {"epochs": 2, "mlm_first": 0.0, "config": []}, "paper": {}}
-VIDEO_SUFFIXES = {".gif", ".webp", ".apng", ".npy", ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg"}
+STILL_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}      # a folder of these is one clip
 PICTURED = 12           # clips on a sheet of answers
 
 
@@ -148,6 +149,10 @@ def begin(args, texts, manifest, machine):
             pretrain.copy_video(model, checkpoint, f"--init {args.init}")
             machine.say(f"video encoder: starts from {checkpoint_path(args.init)}")
         return model, wordpiece
+    for flag in ("vocab", "vocab_captions"):
+        if getattr(args, flag):
+            raise InputError(f"--{flag.replace('_', '-')}: --init {args.init} brings its own vocabulary; the "
+                             "flag is for --init none")
     if checkpoint["settings"].get("scoring") == "fast":
         raise InputError(f"--init {args.init}: was trained for fast retrieval; a task begins from a run of "
                          "pretrain.py or of retrieval --scoring joint")
@@ -171,6 +176,7 @@ def begin(args, texts, manifest, machine):
 class Task:
     """What the tasks that train on clips share."""
     first = 0.0             # the share of the steps, up to `turn`, that something else has first
+    contrasts = False       # whether each clip of a batch is compared with all others
 
     def clips(self, model, args, machine):
         return clips_of(self.splits["train"], self.config, args, train=True, mismatched=self.mismatched)
@@ -266,7 +272,7 @@ class Questions(Choices):
         self.chance = {"the majority answer of each kind of question": sum(hits) / len(hits)}
 
     def kind(self, row):
-        """The kind of question: as the row says, else its first word, as the sets' own papers count."""
+        """The kind of question: as the row says, else its first word, as MSRVTT-QA and MSVD-QA count."""
         return row.get("kind") or row["question"].split()[0].lower()
 
     def texts(self, row):
@@ -289,7 +295,7 @@ class Options(Choices):
     compare; where pretraining taught neither, the loss stays at ln 5. So the words come first (--mlm-first):
     those of the right option are hidden and filled in, as in pretraining; the paper does not say that it did.
     """
-    answers, chance, decide = (), {"chance": 0.2}, ("see", "mlm_first")
+    answers, chance, decide = (), {"chance": 0.2}, ("set", "see", "mlm_first")
 
     def __init__(self, args, splits):
         self.see, self.title = args.see, f"Multiple choice, {args.set}"
@@ -378,6 +384,7 @@ class Retrieval(Task):
 
     def __init__(self, args, splits):
         self.mismatched = args.scoring == "joint"
+        self.contrasts = not self.mismatched
         self.train_split = splits.get("train", ())
         self.chance = {"chance": 1 / len(np.unique(splits["test"].videos))}
         self.training_texts = [row["caption"] for row in self.train_split]
@@ -464,6 +471,7 @@ def score_fast_retrieval(model, manifest, wordpiece, machine, note=name_broken):
 class Probe:
     """Activity recognition by a linear probe: a classifier on clips' features, which are computed once."""
     score, files, training_texts, title, decide, first = "top1", "action", (), "Linear probe", (), 0
+    contrasts = True        # by its norm
 
     def __init__(self, args, splits):
         counts = Counter(row["label"] for row in splits["train"])
@@ -553,9 +561,9 @@ def settle(args, machine):
             setattr(args, name, value)
     if args.zero_shot and files not in ("", "mc_caption"):
         raise InputError(f"--zero-shot: the 2-way head matches captions; mc --set {args.set} has questions")
-    if args.task in ("retrieval", "probe") and args.accumulate > 1:
-        raise InputError("--accumulate: retrieval contrasts each clip with its whole batch, and the probe's "
-                         "norm is over it, which cannot be cut")
+    if args.accumulate > 1 and (args.task == "probe" or getattr(args, "scoring", "") == "fast"):
+        raise InputError("--accumulate: fast retrieval contrasts each clip with its whole batch, and the "
+                         "probe's norm is over it, which cannot be cut")
     if args.task == "probe" and (machine.world > 1 or args.batch_size == 1):
         raise InputError("probe: its norm is over the whole batch; use one process, and a --batch-size of 2 "
                          "or more")
@@ -565,6 +573,7 @@ def settle(args, machine):
 def train(args, machine):
     """Fine-tunes as the flags say, from --init or from where it was; scores best.pt on the test split."""
     files = settle(args, machine)
+    render_if_asked(args, machine)
     splits = ({"test": open_split(args.data, "test", files)} if args.zero_shot
               else open_clips(args, machine, files))
     task = TASKS[args.task](args, splits)
@@ -584,6 +593,9 @@ def train(args, machine):
 
     clips = task.clips(model, args, machine)
     batches = batches_left(clips, run, args, machine)
+    if task.contrasts and batches.batch_size % machine.world:
+        raise InputError(f"--batch-size {batches.batch_size}: fast retrieval contrasts the clips of all "
+                         f"{machine.world} processes, which need equally many")
     machine.say(f"{task.title}: {len(clips):,} lines, {run.steps:,} steps of {batches.batch_size}, {machine}")
     wrapped = machine.wrap(model, args.compile, idle=task.first > 0)
     task.turn = turn = min(round(task.first * run.steps), run.steps - 1)
@@ -595,9 +607,8 @@ def train(args, machine):
             with sync:
                 with machine.autocast():
                     loss = task.loss(wrapped, part)
-                # Retrieval's loss is of the whole batch already; the others' parts count as their clips do.
-                share = (1.0 if args.task == "retrieval"
-                         else len(part["frames"]) * machine.world / batches.batch_size)
+                # What contrasts is of the whole batch already; other losses' parts count as their clips do.
+                share = 1.0 if task.contrasts else len(part["frames"]) * machine.world / batches.batch_size
                 (share * loss).backward()
             losses += share * loss.detach()
         run.optimise(losses)
@@ -611,7 +622,7 @@ def train(args, machine):
             machine.say(f"step {run.step:,}, val: {task.score} {scores[task.score]:.1%}"
                         + f" (words come first, until step {turn:,})" * early)
             run.save_last()
-    run.say_speed()
+    run.end_of_steps()
     if machine.main:
         finish(task, model, run, args, machine.alone())
 
@@ -629,7 +640,7 @@ def finish(task, model, run, args, machine):
                       {"loss": series["loss"]}, {}, False)],
                     run.folder / "curves.png", task.title)
     task.draw(model, args, machine, run.folder)
-    report(task, scores, run, "")
+    report(task, scores, run, args)
 
 
 def report_zero_shot(task, model, run, args, machine):
@@ -640,21 +651,31 @@ def report_zero_shot(task, model, run, args, machine):
     scores = task.evaluate(scorer, "test", args, machine)
     task.draw(scorer, args, machine, run.folder)
     run.log(split="test", **scores, **{f"against {name}": value for name, value in task.chance.items()})
-    report(task, scores, run, ", zero-shot")
+    report(task, scores, run, args)
 
 
-def report(task, scores, run, how):
-    """The lines that say what was learned and what to look at."""
-    print(f"{task.title}, test{how}")
+def report(task, scores, run, args):
+    """The lines that say what was learned, what to look at, and what to type next."""
+    print(f"{task.title}, test" + ", zero-shot" * args.zero_shot)
     for name, value in scores.items():
         print(f"  {name:<24} " + (f"{value:.1f}" if name == "median_rank" else f"{value:6.1%}"))
     print("  against " + ", ".join(f"{name} {value:.1%}" for name, value in task.chance.items()))
-    drawn = ", ".join(f"{run.folder}/{path.name}" for path in sorted(run.folder.glob("*.png")))
-    print(f"look at {drawn or run.folder}; all figures: {run.folder}/metrics.jsonl")
-    if run.kind == "retrieval" and not how:
-        print(f'next: python finetune.py search "a red circle moves left" --videos DIR --init {run.folder}')
-    if run.kind == "qa" and not how:
-        print(f'next: python finetune.py ask CLIP "what colour is the circle?" --init {run.folder}')
+    run.say_end("" if args.zero_shot else next_command(task, run, args))
+
+
+def next_command(task, run, args):
+    """What a user would want to type after a task: to use it, or to see what it owes to pretraining."""
+    if isinstance(task, Retrieval):
+        return (f"python finetune.py mc{same_set(args)} --zero-shot --init {run.folder}" if task.mismatched
+                else f'python finetune.py search "a red circle moves left" --videos DIR --init {run.folder}')
+    if getattr(args, "see", "both") == "text":
+        return f"python finetune.py{as_typed()} --see both --out {run.folder}-seen   (what the video adds)"
+    if isinstance(task, Questions):
+        return f'python finetune.py ask CLIP "what colour is the circle?" --init {run.folder}'
+    if args.init == "none":
+        return ""
+    return (f"python finetune.py{as_typed()} --init none --out {run.folder}-from-nothing   "
+            "(what pretraining is worth)")
 
 
 # --------------------------------------------------------------------------------------------- search and ask
@@ -740,7 +761,8 @@ def find_clips(folder):
         raise InputError(f"--videos {folder}: there is no such folder")
     found = {}
     for path in sorted(folder.rglob("*")):
-        images = path.is_dir() and any(p.suffix.lower() in (".jpg", ".jpeg", ".png") for p in path.iterdir())
+        endings = {part.suffix.lower() for part in path.iterdir()} if path.is_dir() else set()
+        images = endings & STILL_SUFFIXES and not endings & VIDEO_SUFFIXES
         if images or path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
             states = [part.stat() for part in (path.iterdir() if images else [path])]
             size, changed_at = sum(s.st_size for s in states), max(s.st_mtime_ns for s in states)

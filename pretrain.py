@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 import train_encoder
 import train_tokenizer
-from evilm import (EViLM, InputError, Run, SemanticTokenizer, block_mask, checkpoint_path, common_flags,
-                   config_of, configure, is_ours, load, load_published, make_optimizer, mask_frames,
-                   mask_words, mlm_loss, mvm_loss, prefetch, random_mask, rank_of_truth, read_torch,
-                   run_script, save, set_up, vtm_loss, vtm_targets)
+from evilm import (EViLM, InputError, Run, SemanticTokenizer, as_typed, block_mask, checkpoint_path,
+                   common_flags, config_of, configure, is_ours, load, load_published, make_optimizer,
+                   mask_frames, mask_words, mlm_loss, mvm_loss, prefetch, random_mask, rank_of_truth,
+                   read_torch, run_script, same_set, save, set_up, vtm_loss, vtm_targets)
 from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans, tags
 from train_tokenizer import (batches_left, between_evaluations, captions_of, clips_of, encode_padded,
                              evaluation_loader, make_loader, make_vocabulary, open_clips, pad, read_lines,
@@ -611,7 +611,7 @@ def train(args, machine):
                         + ", ".join(f"{name} {scores[name]:.1%}" for name in args.objectives))
             run.state["sums"] = sums = torch.zeros_like(sums)
             run.save_last()
-    run.say_speed()
+    run.end_of_steps()
     if machine.main:
         finish(model, run, splits, online, collate, args, machine.alone())
 
@@ -725,11 +725,9 @@ def finish(model, run, splits, labels, collate, args, machine):
     draw_curves(run, objectives, run.folder / "curves.png")
     for line in report(scores, objectives):
         print(line)
-    drawn = sorted(path.name for path in run.folder.glob("*.png"))
-    print(f"look at {', '.join(f'{run.folder}/{name}' for name in drawn)}; "
-          f"all figures: {run.folder}/metrics.jsonl")
-    print(f"next: python pretrain.py --objectives vtm,mlm --out {run.folder}-without-mvm   "
-          "(Table 5: what MVM adds)")
+    run.say_end(f"python pretrain.py{as_typed()} --objectives vtm,mlm --out {run.folder}-without-mvm   "
+                "(Table 5: what MVM adds)" if "mvm" in objectives else
+                f"python finetune.py retrieval{same_set(args)} --init {run.folder}")
 
 
 def report(s, objectives):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evilm import (InputError, PictureTags, Run, common_flags, configure, load, make_optimizer, prefetch,
-                   run_script, set_up)
+                   run_script, same_set, set_up)
 from toy_data import DataError, Manifest, pictures, tags
 from train_tokenizer import (batches_left, between_evaluations, clips_of, evaluation_loader, first_frames,
                              make_loader, open_clips, scale)
@@ -112,7 +112,7 @@ def train(args, machine):
             run.save_best(-scores["tag_loss"])
             machine.say(f"step {run.step:,}, val: {report(scores)}")
             run.save_last()
-    run.say_speed()
+    run.end_of_steps()
     if machine.main:
         finish(model, run, splits, config, collate, args, machine.alone())
 
@@ -140,8 +140,8 @@ def finish(model, run, splits, config, collate, args, machine):
     panels = [("tags found, val", {kind: series[kind] for kind in collate.names}, {}, True),
               ("loss, val", {"loss": series["tag_loss"]}, {}, False)]
     pictures.curves(panels, run.folder / "curves.png", "Pictures, in ImageNet's place")
-    print(f"test: {report(scores)}\nlook at {run.folder}/curves.png\n"
-          f"next: python pretrain.py --init-video {run.folder}")
+    print(f"test: {report(scores)}")
+    run.say_end(f"python pretrain.py{same_set(args)} --init-video {run.folder}")
 
 
 def report(scores):

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 import toy_data
 from evilm import (SPECIAL, Config, InputError, Run, SemanticTokenizer, WordPiece, common_flags, configure,
-                   focal_loss, load, load_published, make_optimizer, prefetch, run_script, set_up,
-                   words_present)
+                   focal_loss, load, load_published, make_optimizer, prefetch, run_script, same_set,
+                   set_up, words_present)
 from toy_data import Batches, ClipCaptions, DataError, pictures
 
 SYNTHETIC = "data/toy"          # rendered on first use; a folder that the user names is never made up
@@ -64,11 +64,15 @@ def parse(argv=None):
 # ----------------------------------------------------------------------------- clips, captions and vocabulary
 
 
+def render_if_asked(args, machine):
+    if args.data == SYNTHETIC:
+        machine.first(lambda: Path(SYNTHETIC).exists() or toy_data.render(SYNTHETIC))
+
+
 def open_clips(args, machine, task=""):
     """The manifests {"train", "val", "test"} of a task's files in --data, by default of the captions; the
     synthetic set is rendered on first use."""
-    if args.data == SYNTHETIC:
-        machine.first(lambda: Path(SYNTHETIC).exists() or toy_data.render(SYNTHETIC))
+    render_if_asked(args, machine)
     machine.first(lambda: toy_data.open_splits(args.data, task))    # writes the index that others then map
     splits, notes = toy_data.open_splits(args.data, task)
     for note in notes:
@@ -307,7 +311,7 @@ def train(args, machine):
             run.save_best(-math.inf if run.step < warm else -scores[loss_name])
             machine.say(f"{report(config, scores)}, codes in use {scores['codebook_usage']:.1%}")
             run.save_last()
-    run.say_speed()
+    run.end_of_steps()
     if machine.main:
         finish(tokenizer, run, splits, collate, args, machine)
 
@@ -356,11 +360,9 @@ def finish(tokenizer, run, splits, collate, args, machine):
     pictures.curves(panels, run.folder / "curves.png",
                     "Semantic tokenizer (3.3)" if of_words else "Tokenizer of pixels (4.3)")
     draw_codebook(tokenizer, loader, collate.wordpiece, run.folder, alone)
-    drawn = ", ".join(f"{run.folder}/{path.name}" for path in sorted(run.folder.glob("*.png")))
     print(f"test: {report(c, scores)}; {scores['codebook_usage']:.1%} of {c.codes:,} codes in use, "
-          f"perplexity {scores['codebook_perplexity']:.1f}\n"
-          f"look at {drawn}\n"
-          f"next: python pretrain.py --tokenizer {run.folder}")
+          f"perplexity {scores['codebook_perplexity']:.1f}")
+    run.say_end(f"python pretrain.py{same_set(args)} --tokenizer {run.folder}")
 
 
 def report(config, scores):

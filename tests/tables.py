@@ -241,7 +241,11 @@ def main():
     parser.add_argument("--show", action="store_true", help="only print what the finished runs give")
     args = parser.parse_args()
     runs = Runs(args.data, make=not args.show)
-    wanted = [table for table in tables(runs) if table[0] in (args.wanted or [table[0]])]
+    whole = {table[0]: table for table in tables(runs)}
+    unknown = sorted(set(args.wanted) - set(whole))
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: there is no such table; there are {', '.join(whole)}")
+    wanted = [whole[name] for name in whole if name in (args.wanted or whole)]
     if runs.make:
         # All rows have the first seed early.
         cells = [(get, seed) for seed in SEEDS for _, _, rows in wanted

@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import finetune
 import pretrain
@@ -232,7 +234,9 @@ def go(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
 
     def run(*flags, data="clips"):
-        args = finetune.parse([*flags, "--data", data, *"--workers 0 --device cpu --max-steps 3".split()])
+        flags = [*flags, "--data", data, *"--workers 0 --device cpu --max-steps 3".split()]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
+        args = finetune.parse(flags)
         finetune.train(args, CPU)
         lines = (Path(args.out) / "metrics.jsonl").read_text().splitlines()
         return json.loads(lines[-1]), capsys.readouterr().out
@@ -332,19 +336,30 @@ def test_a_resumed_run_ends_with_the_same_weights(go, home, flags, monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["retrieval", *[pytest.param(task, marks=pytest.mark.slow) for task in (
-    "qa", "mc --set action --mlm-first 0.5")]])
+    "qa", "mc --set action --mlm-first 0.5", "retrieval --scoring joint --batch-size 15")]])
 def test_two_processes_train_to_the_weights_of_one(go, home, task):
-    task, *flags = task.split()
-    go(task, *flags, "--out", f"one-{task}", "--batch-size", "16")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
-                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", finetune.__file__, task]
-    flags += f"--data clips --workers 0 --device cpu --max-steps 3 --batch-size 16 --out two-{task}".split()
-    done = subprocess.run([*torchrun, *flags], cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          timeout=200, capture_output=True, text=True)
+    flags = [task.split()[0], "--batch-size", "16", *task.split()[1:]]
+    go(*flags, "--out", f"one-{task}")
+    done = run_twice(home, *flags, "--out", f"two-{task}")
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(home / f"{name}-{task}/last.pt", weights_only=True)["model"]
                 for name in ("one", "two"))
     assert_trained_alike(one, two)
+
+
+@pytest.mark.slow
+def test_contrast_over_processes_wants_equally_many_clips_of_each(go, home):
+    done = run_twice(home, "retrieval", "--batch-size", "15", "--out", "uneven")
+    assert "--batch-size 15" in done.stderr and "equally many" in done.stderr, done.stderr
+
+
+def run_twice(home, *flags):
+    """finetune.py in two processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
+                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", finetune.__file__, *flags]
+    flags = "--data clips --workers 0 --device cpu --max-steps 3".split()
+    return subprocess.run([*torchrun, *flags], cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          timeout=200, capture_output=True, text=True)
 
 
 def test_search_ranks_a_folder_and_computes_only_new_clips(go, home, capsys, monkeypatch):
@@ -354,6 +369,7 @@ def test_search_ranks_a_folder_and_computes_only_new_clips(go, home, capsys, mon
     for i, name in enumerate(["a.gif", "b.gif", "inside/c.gif"]):
         shutil.copy(home / f"clips/clips/{i:05d}.gif", videos / name)
     (videos / "broken.gif").write_bytes(b"GIF89a")
+    Image.new("RGB", (8, 8)).save(videos / "inside/thumb.png")      # makes its folder no clip
     computed, embed = [], finetune.embed_clips
     monkeypatch.setattr(finetune, "embed_clips", lambda *a: computed.append(1) or embed(*a))
 
@@ -394,6 +410,7 @@ def test_ask_names_answers_with_probabilities(go, home, capsys):
 def test_a_task_refuses_what_it_cannot_use(go, home, tmp_path):
     for flags, told in ((["qa", "--init", "nowhere.pt"], "no such checkpoint"),
                         (["qa", "--preset", "paper"], "toy preset"),
+                        (["qa", "--vocab", "vocab.txt"], "its own vocabulary"),
                         (["qa", "--config", "width=64"], "--config width=64"),
                         (["qa", "--config", "max_words=100"], "max_words=100: from 3 to 64"),
                         (["probe", "--accumulate", "2"], "--accumulate"),
@@ -450,8 +467,12 @@ def test_retrieval_names_an_absent_video_once_and_ranks_the_others(go, home, tmp
         rows(tmp_path / f"{name}.jsonl", lines + [lines[0] | {"video": "gone.gif"}] * (name == "val"))
     whole, _ = go("retrieval", "--out", str(tmp_path / "whole"), "--epochs", "2")
     last, said = go("retrieval", "--out", str(tmp_path / "gone"), "--epochs", "2", data=str(tmp_path))
-    assert said.count("gone.gif") == 1 and "broken clips: 1" in said
+    assert said.count("gone.gif") == 1 and "broken clips: 1" in said.splitlines()[-2]
     assert last == pytest.approx(whole)
+    shutil.copy(tmp_path / "val.jsonl", tmp_path / "test.jsonl")
+    for how in ([], ["--scoring", "joint"]):
+        with pytest.raises(InputError, match="gone.gif.*--strict"):
+            go("retrieval", *how, "--zero-shot", "--strict", data=str(tmp_path))
 
 
 def test_without_one_readable_clip_nothing_is_scored(go, home, tmp_path):
@@ -470,6 +491,27 @@ def test_answers_may_be_numbers(go, home, tmp_path):
     go("qa", "--out", str(tmp_path / "numbers"), data=str(tmp_path))
     answers = torch.load(tmp_path / "numbers/best.pt", weights_only=True)["answers"]
     assert sorted(answers) == ["0", "1", "2"]
+
+
+def test_what_to_type_next_can_be_typed(go, home):
+    for flags, task, init, out in (
+            ("qa --out n1", "ask", "n1", None),
+            ("qa --see text --out n2", "qa", "runs/pretrain/best.pt", "n2-seen"),
+            ("retrieval --out n3", "search", "n3", "search.png"),
+            ("retrieval --scoring joint --out n4", "mc", "n4", "runs/mc-caption-zero-shot"),
+            ("probe --out n5", "probe", "none", "n5-from-nothing")):
+        last = go(*flags.split())[1].splitlines()[-1]
+        args = finetune.parse(shlex.split(last.removeprefix("next: python finetune.py").split("   ")[0]))
+        assert (args.task, args.init, getattr(args, "out", None)) == (task, init, out)
+        assert task in ("ask", "search") or args.data == "clips" and getattr(args, "see", "both") == "both"
+
+
+def test_going_on_with_another_set_is_refused(go, home):
+    go("mc", "--set", "action", "--out", "sets")
+    for name in ("train", "val", "test"):
+        shutil.copy(home / f"clips/mc_action_{name}.jsonl", home / f"clips/mc_other_{name}.jsonl")
+    with pytest.raises(InputError, match="--set action, not other"):
+        go("mc", "--set", "other", "--out", "sets", "--resume")
 
 
 def test_a_model_that_saw_text_alone_is_not_asked_about_a_clip(go, home):

@@ -546,7 +546,7 @@ def test_a_split_without_any_of_its_videos_is_an_error(release, videos, out):
     [
         ({"--annotations": "gone"}, "--annotations gone: is not there"),
         ({"--videos": "gone"}, "--videos gone: is not a folder"),
-        ({"--videos": None}, "--videos None: is not a folder"),
+        ({"--videos": None}, "--videos is missing"),
         ({"--split": "1"}, "--split 1: msrvtt-qa has one split: leave the flag out"),
     ],
 )

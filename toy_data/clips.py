@@ -35,6 +35,8 @@ MOST_FRAMES = 1_000_000  # of one clip
 SMALL = 20_000  # bytes of a clip on disk that is decoded whole and stays in memory
 MOST_KEPT = 1 << 31  # bytes of such clips, decoded, that a training keeps; its workers share them out
 PATIENCE = 120  # seconds that one ffmpeg call may take
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".gif", ".webp", ".apng", ".mov", ".m4v", ".mpg", ".mpeg",
+                  ".wmv", ".flv", ".3gp", ".3g2", ".mts", ".m2ts", ".npy"}
 IMAGE_SUFFIXES = {".gif", ".webp", ".png", ".apng", ".jpg", ".jpeg", ".bmp"}
 IMAGE_FORMATS = ("GIF", "WEBP", "PNG", "JPEG", "BMP")  # none for which Pillow starts other programs
 
@@ -314,7 +316,7 @@ EXAMPLE = {
     "video": "clips/0007.gif",
     "caption": "a red circle moves left",
     "question": "what moves left?",
-    "options": ["a red circle", "a blue circle"],
+    "options": ["a red circle", "a blue circle", "a red ring", "a blue ring", "nothing"],
     "label": "moves left",
 }
 
@@ -444,10 +446,12 @@ def find_fault(row, fields):
         elif type(value) is str:
             if field != "question" or "options" not in fields:  # the options may say it all
                 return f'"{field}" is empty'
-        elif field != "answer" or type(value) is not int:
+        elif field != "answer" or type(value) is not int and "options" not in fields:
             return f'"{field}" is not a text'
-    if "options" in fields and row["answer"] not in range(len(row["options"])):
-        return f'"answer" is not the number of one of the {len(row["options"])} options, counted from 0'
+    if "options" in fields:
+        numbers = range(len(row["options"]))
+        if type(row["answer"]) is not int or row["answer"] not in numbers:
+            return f'"answer" is not the number of one of the {len(numbers)} options, counted from 0'
     return None
 
 

@@ -23,11 +23,17 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from toy_data.clips import FIELDS, DataError, Manifest, errors_in_one_line, find_fault, open_splits
+from toy_data.clips import (
+    FIELDS,
+    VIDEO_SUFFIXES,
+    DataError,
+    Manifest,
+    errors_in_one_line,
+    find_fault,
+    open_splits,
+)
 
-# The last is for names that end in a dot, of which DiDeMo has some.
-ENDINGS = {".mp4", ".avi", ".mkv", ".webm", ".gif", ".webp", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv",
-           ".3gp", ".3g2", ".mts", ".m2ts", ".npy", "."}
+ENDINGS = VIDEO_SUFFIXES | {"."}  # some names of DiDeMo end in a dot
 FILE = re.compile(r"(?:(qa|action|mc_[a-z]+)_)?(?:train|val|test)\.jsonl|captions\.txt")
 PARTS = ("train", "val", "test")
 OPTIONS = ("a1", "a2", "a3", "a4", "a5")
@@ -344,7 +350,8 @@ def convert(name, annotations, videos, out, split=None):
     if not annotations.exists():
         raise DataError(f"--annotations {annotations}: is not there; give the folder of the set's release")
     if has_videos and not (videos and videos.is_dir()):
-        raise DataError(f"--videos {videos}: is not a folder; give the one that holds the set's videos")
+        raise DataError((f"--videos {videos}: is not a folder" if videos else "--videos is missing")
+                        + "; give the folder that holds the set's videos")
     rows = CONVERTERS[name](annotations, *([split or splits[0]] if splits else []))
     listed = list_videos(videos, out) if has_videos else {}
     tally = SimpleNamespace(rows=Counter(), missing={}, empty=0)
