@@ -71,6 +71,7 @@ EXERCISES = [
             test_parts.py::test_xca_by_hand_long_and_short_channels_are_attended_to_alike
             test_parts.py::test_xca_each_head_has_its_own_channels_and_its_own_temperature
             test_parts.py::test_xca_against_a_plain_computation
+            test_parts.py::test_xca_everything_in_it_learns
             test_3_1_model.py::test_edgenext_against_a_plain_computation""",
         wrong="""
             # Lengths are taken over a head's channels, as if cells attended to cells.
@@ -88,6 +89,7 @@ EXERCISES = [
         tests="""
             test_parts.py::test_cascade_by_hand_convolves_each_part_with_the_result_before_it
             test_parts.py::test_cascade_the_last_part_passes_untouched_and_may_be_narrower
+            test_parts.py::test_cascade_of_one_part_convolves_all_of_it
             test_parts.py::test_cascade_leaves_its_input_as_it_was""",
         wrong="""
             # To each part is added what went into the one before, not what came out of it.
@@ -130,6 +132,7 @@ EXERCISES = [
             test_parts.py::test_eq2_by_hand_each_side_gets_its_token_type
             test_parts.py::test_eq2_the_decoder_is_shown_everything_but_padding
             test_parts.py::test_eq2_one_side_alone_gives_none_for_the_other
+            test_parts.py::test_eq2_token_types_words_and_cells_learn
             test_3_1_model.py::test_padding_changes_nothing
             test_3_1_model.py::test_eq2_order_and_token_types""",
         wrong="""
@@ -157,7 +160,8 @@ EXERCISES = [
             test_3_2_masking.py::test_each_frame_has_its_own_blocks_and_a_generator_repeats_them
             test_3_2_masking.py::test_masked_cells_stand_together
             test_3_2_masking.py::test_a_mask_is_allowed_blocks_and_at_most_one_trimmed_one
-            test_3_2_masking.py::test_blocks_lie_and_stand_and_reach_every_cell""",
+            test_3_2_masking.py::test_blocks_lie_and_stand_and_reach_every_cell
+            test_3_2_masking.py::test_no_cell_is_likelier_than_the_one_opposite""",
         wrong="""
             # The right number of cells, but each on its own.
             target = round(ratio * grid * grid)
@@ -188,6 +192,7 @@ EXERCISES = [
             test_3_2_masking.py::test_a_caption_without_words_has_nothing_chosen
             test_3_2_masking.py::test_words_not_chosen_stay_as_they_are
             test_3_2_masking.py::test_of_the_chosen_80_per_cent_are_masked_10_random_10_kept
+            test_3_2_masking.py::test_in_short_captions_as_well_80_per_cent_are_masked_10_random_10_kept
             test_3_2_masking.py::test_random_words_are_drawn_from_all_words_and_no_special_token
             test_3_2_masking.py::test_every_word_is_as_likely_to_be_chosen
             test_3_2_masking.py::test_word_masks_follow_from_the_generator""",
@@ -208,6 +213,7 @@ EXERCISES = [
              "then a part of a batch, and it counts all of them. Over no rows the loss is 0, not 0 / 0.",
         tests="""
             test_3_4_losses.py::test_eq3_and_eq8_terms
+            test_3_4_losses.py::test_a_loss_stays_finite_where_a_probability_underflows
             test_3_4_losses.py::test_eq3_and_eq8_parts_of_a_batch_add_up_to_the_whole
             test_3_4_losses.py::test_a_loss_over_nothing_is_zero""",
         wrong="""
@@ -243,7 +249,8 @@ EXERCISES = [
             test_3_3_tokenizer.py::test_eq5_head_of_the_averaged_output
             test_3_3_tokenizer.py::test_eq5_tells_time_and_place
             test_3_3_tokenizer.py::test_rows_that_no_word_uses_do_not_count_in_K
-            test_3_3_tokenizer.py::test_the_tokenizer_reads_words_from_codes_alone""",
+            test_3_3_tokenizer.py::test_the_tokenizer_reads_words_from_codes_alone
+            test_3_3_tokenizer.py::test_the_words_teach_encoder_and_decoder_and_leave_the_codebook_to_eq7""",
         wrong="""
             # The codes are averaged before D, which then has one vector to look at.
             B, T, g = quantized.shape[:3]
@@ -275,6 +282,7 @@ EXERCISES = [
              "loss), where quantized has the value of codes and passes its gradient to x as it is, and none "
              "to the codebook.",
         tests="""
+            test_3_3_tokenizer.py::test_eq4_nearest_code
             test_3_3_tokenizer.py::test_eq7_code_terms
             test_3_3_tokenizer.py::test_eq7_gradients_go_where_stop_gradient_lets_them
             test_3_3_tokenizer.py::test_straight_through_copies_the_codes_gradient_to_the_encoder
@@ -298,6 +306,7 @@ EXERCISES = [
             test_3_4_losses.py::test_rows_that_no_word_uses_are_cut_off
             test_3_4_losses.py::test_the_video_encoder_runs_once_a_clip_and_the_decoder_once_a_pair
             test_3_4_losses.py::test_an_objective_that_is_off_leaves_out_its_output_and_its_cost
+            test_3_4_losses.py::test_eq8_each_loss_alone_teaches_both_encoders_and_the_decoder
             test_3_4_losses.py::test_eq8_accumulated_gradients_are_those_of_the_whole_batch""",
         wrong="""
             # The wrong captions are read with the right captions' padding.
@@ -602,7 +611,7 @@ def read(exercise):
     """The student's copy. Raises Refused."""
     path = copy_of(exercise)
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")         # Python, too, passes over a byte order mark
     except FileNotFoundError:
         raise Refused(f"{exercise.name} is not begun: {typed('start', exercise)}") from None
     except UnicodeDecodeError as error:
@@ -632,9 +641,13 @@ def start(exercise):
     path, source = copy_of(exercise), (ROOT / "evilm.py").read_text()
     if path.exists():
         raise Refused(f"{near_cwd(path.parent)} is there and stays as it is; to begin again, delete it")
+    try:
+        copy, line = emptied(source, exercise), lines_of_cut(source, exercise)[0] + 1
+    except (SyntaxError, StopIteration):
+        raise Refused(f"evilm.py was changed, and {exercise.target} is not found in it: "
+                      "git checkout evilm.py") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(emptied(source, exercise))
-    line = lines_of_cut(source, exercise)[0] + 1
+    path.write_text(copy)
     print(f"{near_cwd(path)}, line {line}: write this part of {exercise.target}\n"
           f"{exercise.paper}, level {exercise.level}, {exercise.minutes} minutes\n{without(exercise)}\n"
           f"Then: {typed('check', exercise)}")

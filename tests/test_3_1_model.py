@@ -157,7 +157,8 @@ def test_wordpiece_takes_the_longest_piece_first():
     assert pieces("rollings") == ["roll", "##ing", "##s"]
     assert pieces("reds") == ["red", "##s"] and pieces("red") == ["red"]
     assert WordPiece(VOCAB + ["unaf"]).pieces("unaffable") == ["[UNK]"]  # greedy: it never goes back
-    assert pieces("ing") == ["[UNK]"] and pieces("balling!") == ["[UNK]"]
+    assert pieces("ing") == ["[UNK]"] and pieces("balling!") == ["[UNK]"] and pieces("") == ["[UNK]"]
+    assert pieces("redball") == ["[UNK]"]                               # it has ball, and no ##ball
     assert pieces("a" * 100) == ["a"] + 99 * ["##a"] and pieces("a" * 101) == ["[UNK]"]
 
 

@@ -173,6 +173,19 @@ def test_of_the_chosen_80_per_cent_are_masked_10_random_10_kept():
     assert all(within(fate, 20_000, p) for fate, p in zip(fates.tolist(), (0.8, 0.1, 0.1)))
 
 
+def test_in_short_captions_as_well_80_per_cent_are_masked_10_random_10_kept():
+    ids, source, fates, beside = caption(10), generator(), torch.zeros(3), 0
+    for _ in range(4000):
+        masked, chosen = mask_words(ids, 10 ** 6, source, 0.2)
+        found, was = masked[chosen], ids[chosen]
+        fates += torch.tensor([(found == MASK).sum(), ((found != MASK) & (found != was)).sum(),
+                               (found == was).sum()])
+        beside += int((chosen[1:] & chosen[:-1]).any())
+    assert fates.sum() == 8000
+    assert all(within(fate, 8000, p) for fate, p in zip(fates.tolist(), (0.8, 0.1, 0.1)))
+    assert within(beside, 4000, 9 / 45), "the two are neighbours no more often than by chance"
+
+
 def test_random_words_are_drawn_from_all_words_and_no_special_token():
     ids, source, drawn = caption(3)[[0] + 300 * [1] + [4]], generator(), []
     for _ in range(40):

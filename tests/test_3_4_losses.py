@@ -38,6 +38,11 @@ def test_eq3_and_eq8_terms(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_stays_finite_where_a_probability_underflows(loss):
+    assert float(loss(torch.tensor([[200.0, 0.0]]), torch.tensor([1]))) == pytest.approx(200)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_eq3_and_eq8_parts_of_a_batch_add_up_to_the_whole(loss):
     logits, targets = torch.randn(13, 2), torch.randint(2, (13,))
     cut = (slice(0, 5), slice(5, 6), slice(6, 6), slice(6, 13))                 # uneven, one of them empty
@@ -49,6 +54,7 @@ def test_a_loss_over_nothing_is_zero(loss):
     logits = torch.empty(0, 7, requires_grad=True)
     nothing = loss(logits, torch.empty(0, dtype=torch.long))
     assert nothing.item() == 0 and nothing.requires_grad
+    assert loss(logits, torch.empty(0, dtype=torch.long), 0).item() == 0        # nor in the other parts
 
 
 # -------------------------------------------------------------------------------------------- the masked pass
@@ -146,6 +152,14 @@ def test_an_objective_that_is_off_leaves_out_its_output_and_its_cost(model, batc
         else:
             assert found[which] is None and not heads[which]
     assert sum(len(x[0]) for x in decoder) == (8 if 0 in on else 4)
+
+
+@pytest.mark.parametrize("loss", [0, 1, 2])
+def test_eq8_each_loss_alone_teaches_both_encoders_and_the_decoder(model, batch, loss):
+    masked_pass(model, batch)[loss].float().softmax(1)[:, 0].sum().backward()
+    for part in (model.video_encoder, model.video_proj, model.text_embedding, model.text_encoder,
+                 model.text_proj, model.decoder):
+        assert sum(p.grad.abs().sum() for p in part.parameters() if p.grad is not None) > 0
 
 
 # ------------------------------------------------------------------------------------------- a batch in parts

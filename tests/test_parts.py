@@ -68,6 +68,14 @@ def test_xca_against_a_plain_computation():
         near(xca(x), mixed @ xca.proj.weight.t() + xca.proj.bias)
 
 
+def test_xca_everything_in_it_learns():
+    xca, x = CrossCovarianceAttention(6, 3), torch.randn(2, 5, 6, requires_grad=True)
+    (xca(x) ** 2).sum().backward()
+    assert x.grad.abs().sum() > 0
+    for p in (xca.temperature, xca.qkv.weight, xca.proj.weight):
+        assert p.grad is not None and p.grad.abs().sum() > 0
+
+
 # ------------------------------------------------------------------------------------------------ The cascade
 
 
@@ -92,6 +100,11 @@ def test_cascade_the_last_part_passes_untouched_and_may_be_narrower():
     y = bare_cascade(8, 3, [2.0, 3.0])(x)
     assert y.shape == x.shape and torch.equal(y[:, 6:], x[:, 6:])
     near(y[:, :3], 2 * x[:, :3])
+
+
+def test_cascade_of_one_part_convolves_all_of_it():
+    x = torch.randn(2, 4, 3, 5)
+    near(bare_cascade(4, 1, [2.0])(x), 2 * x)
 
 
 def test_cascade_leaves_its_input_as_it_was():
@@ -156,6 +169,16 @@ def test_eq2_one_side_alone_gives_none_for_the_other(echoing):
     near(h_video, torch.full((2, 4, 36), 103.0))
 
 
+def test_eq2_token_types_words_and_cells_learn(echoing):
+    text, video = torch.zeros(2, 5, 36, requires_grad=True), torch.zeros(2, 8, 36, requires_grad=True)
+    h_cls, h_text, h_video = echoing.fuse(video, text, torch.ones(2, 5, dtype=torch.bool))
+    (h_cls.sum() + 2 * h_text.sum() + 3 * h_video.sum()).backward()
+    near(text.grad, torch.full((2, 5, 36), 2.0))
+    near(video.grad, torch.full((2, 8, 36), 3.0))
+    assert echoing.token_type.grad is not None
+    near(echoing.token_type.grad[:, 0], torch.tensor([2.0, 20.0, 48.0]))       # 2 pairs of 1, 5 and 8
+
+
 # ------------------------------------------------------------------------------------------------ Recall at K
 
 
@@ -166,7 +189,9 @@ def test_a_rank_is_one_for_the_best_score_and_counts_from_there():
 
 def test_recall_at_k_is_the_share_of_queries_whose_right_item_is_among_the_k_best():
     scores, truth = torch.randn(200, 30), torch.randint(30, (200,))
+    before = scores.clone()
     ranks = rank_of_truth(scores, truth)
+    assert torch.equal(scores, before), "the scores were changed; they are the caller's"
     for k in (1, 5, 10, 30):
         found = sum(int(right in row.topk(k).indices) for row, right in zip(scores, truth))
         assert int((ranks <= k).sum()) == found
