@@ -10,7 +10,8 @@ the paper's.
     3.1   multi-modal decoder               Transformer
     (1)   e^V, e^L                          EViLM.encode_video, EViLM.encode_text
     (2)   h^CLS, h^L, h^V                   EViLM.fuse
-    3.2   masked frames and words           block_mask, mask_frames, mask_words
+    3.2   masked frames                     block_mask (4.1), mask_frames
+    3.4   masked words                      mask_words
     (3)   L_MVM                             mvm_loss
     (4)   nearest code                      VectorQuantizer
     (5)   averaged output, word logits      SemanticTokenizer.read_words
@@ -686,7 +687,7 @@ def mask_frames(frames, chosen):
 
 
 def mask_words(ids, vocab_size, generator, ratio=0.15):
-    """BERT's masking of one caption: ids (L,) -> (ids, chosen), both (L,).
+    """BERT's masking of one caption (3.4; 15%: 4.1): ids (L,) -> (ids, chosen), both (L,).
 
     Exactly max(1, round(ratio * n)) of its n words, none when n = 0: 80% become [MASK], 10% a random word,
     10% stay. Special tokens (ids below 5) are never chosen and never drawn.
@@ -2113,14 +2114,16 @@ class Trace:
 
 @torch.no_grad()
 def trace(config, words=12):
-    """Prints what a clip (of noise) and a caption (of made-up words) pass through, down to the losses."""
+    """Prints what a clip and a caption pass through at random weights, down to the losses: the clip is noise,
+    the caption's words have numbers alone, all of them the same each time."""
+    torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model, tokenizer, tell = EViLM(config).eval(), SemanticTokenizer(config).eval(), Trace()
     frames = torch.rand(1, config.frames, 3, config.size, config.size, generator=generator)
     ids = torch.tensor([[CLS, *range(5, 5 + words), SEP]])
     mask = torch.ones_like(ids, dtype=torch.bool)
-    cells = tell.call("3.2", block_mask, config.frames, config.grid, config.mask_ratio, generator)[None]
-    masked, chosen = tell.call("3.2", mask_words, ids[0], config.words, generator, config.word_ratio)
+    cells = tell.call("4.1", block_mask, config.frames, config.grid, config.mask_ratio, generator)[None]
+    masked, chosen = tell.call("3.4, 4.1", mask_words, ids[0], config.words, generator, config.word_ratio)
     seen = tell.call("3.2", mask_frames, frames, cells)
     tell.follow(tokenizer, TRACED_TOKENIZER)
     tell.follow(model, TRACED)
@@ -2139,7 +2142,7 @@ def main():
                                      "paper's.", allow_abbrev=False)
     parser.add_argument("--preset", default="paper", metavar="toy|paper", help="default: paper")
     parser.add_argument("--trace", action="store_true", help="instead: follow one clip and its caption "
-                        "through the model, step by step")
+                        "(noise and numbers, at random weights) through the model, step by step")
     parser.add_argument("--encoder", default="vit", choices=["vit", "videoswin"], help="the "
                         "tokenizer's (4.3; default: vit)")
     args = parser.parse_args()

@@ -147,7 +147,7 @@ EXERCISES = [
             h_text, h_video = h[:, 1:1 + L], h[:, 1 + L:]
             return h[:, 0], None if text is None else h_text, None if video is None else h_video"""),
     Exercise(
-        "block-mask", "block_mask", "Sec. 3.2, 4.1", level=3, minutes=45,
+        "block-mask", "block_mask", "Sec. 4.1", level=3, minutes=45,
         breaks="Single cells would be masked, and a masked cell could be guessed from the visible ones "
                "around it without understanding the clip.",
         hint="For each mask draw area, aspect and place until enough is covered. area: between the smallest "
@@ -181,7 +181,7 @@ EXERCISES = [
             scale = frames.shape[-1] // chosen.shape[-1]
             return frames.masked_fill(chosen.repeat(1, 1, scale, scale)[:, :, None], 0.0)"""),
     Exercise(
-        "mask-words", "mask_words", "Sec. 3.2, 4.1", level=2, minutes=25,
+        "mask-words", "mask_words", "Sec. 3.4, 4.1", level=2, minutes=25,
         breaks="There is no L_MLM; and were every chosen word to become [MASK], the model would learn "
                "nothing about words that it can see, and after pretraining it sees all of them.",
         hint="Words are the ids above MASK. torch.randperm chooses among them, one torch.rand a chosen word "
