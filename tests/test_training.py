@@ -18,9 +18,43 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import evilm
-from evilm import (CLS, SEP, Config, EViLM, InputError, Machine, NotFinite, Run, SemanticTokenizer,
+from evilm import (CLS, SEP, Config, EViLM, InputError, Machine, NotFinite, Run, SemanticTokenizer, changed,
                    common_flags, config_of, configure, learning_rate, load, make_optimizer, mlm_loss,
                    mvm_loss, run_script, save, set_up, vtm_loss)
+
+# ---------------------------------------------------------------------------------------------- flags, ranges
+
+
+@pytest.mark.parametrize("change, told", [
+    ("frames=0", "from 1 on"), ("negatives=0", "from 1 on"), ("tokenizer_revive=-1", "from 0 on"),
+    ("mask_ratio=80", "from 0 to 1"), ("mask_ratio=nan", "from 0 to 1"), ("mvm_weight=inf", "from 0 on"),
+    ("dims=8,16,32,0", "from 1 on"), ("dims=8,16", "give dims like"), ("frames=two", "give frames like 4"),
+    ("size=70", "a multiple of 32"), ("decoder_heads=3", "must divide the channels, 128"),
+    ("xca_heads=3", "32 and 64 and 128"), ("max_words=2", "from 3 to 64"), ("no_field=1", "no field")])
+def test_a_field_that_no_model_can_have_is_refused(change, told):
+    with pytest.raises(InputError, match=told):
+        changed(Config.toy(), [change])
+
+
+def test_a_field_is_read_as_its_own_kind():
+    config = changed(Config.toy(), ["dims=8,16,32,64", "mask_ratio=1", "blocks=False", "tokenizer_revive=0"])
+    assert (config.dims, config.mask_ratio, config.blocks, config.tokenizer_revive) == ((8, 16, 32, 64), 1.0,
+                                                                                        False, 0)
+
+
+@pytest.mark.parametrize("flags", [["--lr", "nan"], ["--lr", "-1"], ["--workers", "-1"], ["--epochs", "0"]])
+def test_a_flag_out_of_range_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        common_flags("").parse_args(flags)
+    assert end.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_a_path_that_cannot_be_used_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: (tmp_path / "file/run").mkdir())
+    assert end.value.code == 2 and capsys.readouterr().err == f"error: {tmp_path}/file/run: Not a directory\n"
+
 
 # ---------------------------------------------------------------------------------------- schedule, optimizer
 
