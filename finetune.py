@@ -177,6 +177,7 @@ class Task:
     """What the tasks that train on clips share."""
     first = 0.0             # the share of the steps, up to `turn`, that something else has first
     contrasts = False       # whether each clip of a batch is compared with all others
+    counts = {}             # of how many each score is a share, where that is told
 
     def clips(self, model, args, machine):
         return clips_of(self.splits["train"], self.config, args, train=True, mismatched=self.mismatched)
@@ -233,7 +234,8 @@ class Choices(Task):
                 for name in {"top1", f"top1_{self.kind(row)}"} if whole else ():
                     right[name] += hit
                     asked[name] += 1
-        return shares(right, asked, machine)
+        scores, self.counts = shares(right, asked, machine)
+        return scores
 
     @torch.no_grad()
     def draw(self, model, args, machine, folder):
@@ -361,14 +363,14 @@ def most_likely(logits):
 
 
 def shares(right, asked, machine):
-    """right / asked under each name, added up over all processes."""
+    """right / asked under each name, added up over all processes, and how many were asked."""
     names = [sorted(asked)]
     if machine.world > 1:
         names = [None] * machine.world
         dist.all_gather_object(names, sorted(asked))
     names = sorted({name for found in names for name in found})
     counts = machine.total([float(found[name]) for found in (right, asked) for name in names]).view(2, -1)
-    return dict(zip(names, (counts[0] / counts[1]).tolist()))
+    return dict(zip(names, (counts[0] / counts[1]).tolist())), dict(zip(names, counts[1].tolist()))
 
 
 # -------------------------------------------------------------------------------------------------- retrieval
@@ -523,9 +525,11 @@ class Probe:
         known = targets >= 0
         self.confusion.index_put_((targets[known].cpu(), chosen[known].cpu()), torch.tensor(1),
                                   accumulate=True)
-        found = zip(self.answers, self.confusion.diag().tolist(), self.confusion.sum(1).tolist())
+        asked = {f"top1_{label}": n for label, n in zip(self.answers, self.confusion.sum(1).tolist()) if n}
+        right = {f"top1_{label}": n for label, n in zip(self.answers, self.confusion.diag().tolist())}
+        self.counts = {"top1": len(targets), **asked}
         return {"top1": float((chosen == targets).float().mean()),
-                **{f"top1_{label}": right / count for label, right, count in found if count}}
+                **{name: right[name] / n for name, n in asked.items()}}
 
     def draw(self, model, args, machine, folder):
         pictures.confusion(self.confusion.numpy(), self.answers, folder / "confusion.png",
@@ -658,7 +662,8 @@ def report(task, scores, run, args):
     """The lines that say what was learned, what to look at, and what to type next."""
     print(f"{task.title}, test" + ", zero-shot" * args.zero_shot)
     for name, value in scores.items():
-        print(f"  {name:<24} " + (f"{value:.1f}" if name == "median_rank" else f"{value:6.1%}"))
+        print(f"  {name:<24} " + (f"{value:.1f}" if name == "median_rank" else f"{value:6.1%}")
+              + (f" of {task.counts[name]:,.0f}" if name in task.counts else ""))
     print("  against " + ", ".join(f"{name} {value:.1%}" for name, value in task.chance.items()))
     run.say_end("" if args.zero_shot else next_command(task, run, args))
 
