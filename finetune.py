@@ -577,9 +577,11 @@ def settle(args, machine):
 def train(args, machine):
     """Fine-tunes as the flags say, from --init or from where it was; scores best.pt on the test split."""
     files = settle(args, machine)
-    render_if_asked(args, machine)
-    splits = ({"test": open_split(args.data, "test", files)} if args.zero_shot
-              else open_clips(args, machine, files))
+    if args.zero_shot:
+        render_if_asked(args, machine)
+        splits = {"test": open_split(args.data, "test", files)}     # there may be no training files
+    else:
+        splits = open_clips(args, machine, files)
     task = TASKS[args.task](args, splits)
     base, wordpiece = begin(args, task.training_texts, splits.get("train"), machine)
     task.splits, task.wordpiece, task.config = splits, wordpiece, base.config

@@ -161,14 +161,18 @@ def within(count, draws, p, sigmas=4.5):
     return abs(count - draws * p) < sigmas * math.sqrt(draws * p * (1 - p))
 
 
+def fates_of(masked, chosen, ids):
+    """How many chosen words became [MASK], another word, or stayed."""
+    found, was = masked[chosen], ids[chosen]
+    return torch.tensor([(found == MASK).sum(), ((found != MASK) & (found != was)).sum(),
+                         (found == was).sum()])
+
+
 def test_of_the_chosen_80_per_cent_are_masked_10_random_10_kept():
     ids, source = caption(2000), generator()
     fates = torch.zeros(3)
     for _ in range(20):
-        masked, chosen = mask_words(ids, 10 ** 6, source, 0.5)
-        found, was = masked[chosen], ids[chosen]
-        fates += torch.tensor([(found == MASK).sum(), ((found != MASK) & (found != was)).sum(),
-                               (found == was).sum()])
+        fates += fates_of(*mask_words(ids, 10 ** 6, source, 0.5), ids)
     assert fates.sum() == 20_000
     assert all(within(fate, 20_000, p) for fate, p in zip(fates.tolist(), (0.8, 0.1, 0.1)))
 
@@ -177,9 +181,7 @@ def test_in_short_captions_as_well_80_per_cent_are_masked_10_random_10_kept():
     ids, source, fates, beside = caption(10), generator(), torch.zeros(3), 0
     for _ in range(4000):
         masked, chosen = mask_words(ids, 10 ** 6, source, 0.2)
-        found, was = masked[chosen], ids[chosen]
-        fates += torch.tensor([(found == MASK).sum(), ((found != MASK) & (found != was)).sum(),
-                               (found == was).sum()])
+        fates += fates_of(masked, chosen, ids)
         beside += int((chosen[1:] & chosen[:-1]).any())
     assert fates.sum() == 8000
     assert all(within(fate, 8000, p) for fate, p in zip(fates.tolist(), (0.8, 0.1, 0.1)))
