@@ -48,8 +48,11 @@ SETTINGS = {
     "probe": {"toy": {"epochs": 30, "lr": 1e-3, "batch_size": 128},
               "paper": {"epochs": 100, "lr": 1e-3, "batch_size": 1024}},
 }
-# Captions are what pretraining was about, and the toy set has three times as many of them as questions.
-MC_CAPTION = {"toy": {"epochs": 2, "mlm_first": 0.0, "config": []}, "paper": {}}
+# What one set of multiple choice has of its own, in the toy preset. Captions are what pretraining was about,
+# and there are three times as many of them as questions. Transitions are told by order alone: the sines of
+# neighbouring frames lie 1.6 apart, what is seen there 11, so they are read late; ten times as long, soon.
+TOY_SETS = {"caption": {"epochs": 2, "mlm_first": 0.0, "config": []},
+            "transition": {"epochs": 6, "config": ["video_positions=10"]}}
 STILL_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp"}      # a folder of these is one clip
 PICTURED = 12           # clips on a sheet of answers
 
@@ -99,7 +102,7 @@ def fraction(text):
 
 
 def add_task(commands, name):
-    settings = SETTINGS[name] | ({"toy of captions": MC_CAPTION["toy"]} if name == "mc" else {})
+    settings = SETTINGS[name] | {f"toy of {its}s": own for its, own in TOY_SETS.items() if name == "mc"}
     flags = common_flags(None, settings=settings)
     task = commands.add_parser(name, parents=[flags], allow_abbrev=False, help=TASKS_HELP[name])
     task.add_argument("--init", default="runs/pretrain/best.pt", metavar="PATH|none", help="a run or "
@@ -558,7 +561,9 @@ def settle(args, machine):
     """Fills in the flags that were left out -> the name of the task's files."""
     preset_named(args.preset)
     files = f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files
-    settings = SETTINGS[args.task][args.preset] | (MC_CAPTION[args.preset] if files == "mc_caption" else {})
+    settings = dict(SETTINGS[args.task][args.preset])
+    if args.task == "mc" and args.preset == "toy":
+        settings |= TOY_SETS.get(args.set, {})
     args.config = settings.pop("config", []) + args.config
     for name, value in settings.items():
         if getattr(args, name) is None:
