@@ -269,5 +269,9 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here")
+    except BrokenPipeError:                 # "--show | head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

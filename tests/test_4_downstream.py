@@ -475,6 +475,14 @@ def test_retrieval_names_an_absent_video_once_and_ranks_the_others(go, home, tmp
             go("retrieval", *how, "--zero-shot", "--strict", data=str(tmp_path))
 
 
+def test_zero_shot_on_a_lone_file_of_captions_says_how_it_is_split(go, home, tmp_path):
+    val = open_splits(home / "clips")[0]["val"]
+    lines = [row | {"video": str(home / "clips" / row["video"])} for row in val]
+    rows(tmp_path / "captions.jsonl", lines)
+    _, said = go("retrieval", "--zero-shot", data=str(tmp_path))
+    assert "captions.jsonl is split by video" in said
+
+
 def test_without_one_readable_clip_nothing_is_scored(go, home, tmp_path):
     for name in ("train", "val", "test"):
         rows(tmp_path / f"{name}.jsonl", [{"video": "gone.gif", "caption": f"a {name}"}])
