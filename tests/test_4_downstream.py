@@ -18,7 +18,7 @@ from PIL import Image
 import finetune
 import pretrain
 from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Machine, WordPiece, config_of,
-                   contrastive_loss, nearest, rank_of_truth, ranks_by_cosine)
+                   configure, contrastive_loss, nearest, rank_of_truth, ranks_by_cosine)
 from plain import assert_trained_alike
 from toy_data import DataError, open_split, open_splits, render
 
@@ -473,6 +473,16 @@ def test_retrieval_names_an_absent_video_once_and_ranks_the_others(go, home, tmp
     for how in ([], ["--scoring", "joint"]):
         with pytest.raises(InputError, match="gone.gif.*--strict"):
             go("retrieval", *how, "--zero-shot", "--strict", data=str(tmp_path))
+
+
+@pytest.mark.parametrize("typed, epochs, first, positions", [
+    ("--set action", 12, 0.6, 3), ("--set mine", 12, 0.6, 3), ("--set caption", 2, 0, 1),
+    ("--set transition", 6, 0.6, 10), ("--set transition --config video_positions=2", 6, 0.6, 2),
+    ("--set transition --epochs 5 --mlm-first 0", 5, 0, 10), ("--set transition --preset paper", 20, 0, 1)])
+def test_each_set_of_multiple_choice_has_its_settings_and_flags_win(typed, epochs, first, positions):
+    args = finetune.parse(["mc", *typed.split()])
+    assert finetune.settle(args, CPU) == f"mc_{args.set}"
+    assert (args.epochs, args.mlm_first, configure(args).video_positions) == (epochs, first, positions)
 
 
 def test_zero_shot_on_a_lone_file_of_captions_says_how_it_is_split(go, home, tmp_path):
