@@ -297,7 +297,7 @@ class Options(Choices):
     """Multiple choice among five options, each read after the question, if there is one.
 
     To match an option with what a thing does is to learn two things at once, what the words mean and how to
-    compare; where pretraining taught neither, the loss stays at ln 5. So the words come first (--mlm-first):
+    compare; where pretraining taught neither, the loss is long at ln 5. So the words come first (--mlm-first):
     those of the right option are hidden and filled in, as in pretraining; the paper does not say that it did.
     """
     answers, chance, decide = (), {"chance": 0.2}, ("set", "see", "mlm_first")

@@ -29,7 +29,7 @@ PRETRAIN_LR = 1e-3                              # leaves matching's first platea
 SEEDS, CHOICE_SEED = (1, 2, 3), 100             # no seed that chose anything is reported
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)             # tried on val for a model that was not pretrained
 ROWS = {"none": None, "VTM": "vtm", "VTM+MLM": "vtm,mlm", "VTM+MLM+MVM": "vtm,mlm,mvm"}
-# Not the two sets of questions about motion: their comparison begins after a thousand steps.
+# Not the two sets of questions about motion: options are compared after 500 steps and more.
 TASKS = {"retrieval": ("retrieval", "r1"), "QA": ("qa", "top1"), "MC caption": ("mc --set caption", "top1"),
          "probe": ("probe", "top1")}
 POINTS = (0.2, 0.4, 0.6, 0.8, 1.0)
