@@ -31,7 +31,7 @@ from evilm import (MASK, Choice, EViLM, FastRetrieval, InputError, LinearProbe, 
                    ranks_by_cosine, run_script, same_set, set_up, vtm_loss, vtm_targets, without)
 from pretrain import Ranking, name_broken, read_each_video, read_frames, recalls, score_retrieval
 from toy_data import BrokenClip, DataError, open_split, pictures, read_clip, spans
-from toy_data.clips import VIDEO_SUFFIXES, split_path
+from toy_data.clips import VIDEO_SUFFIXES
 from train_tokenizer import (batches_left, clips_of, encode_padded, evaluation_loader, make_loader,
                              make_vocabulary, open_clips, pad, render_if_asked, scale)
 
@@ -579,18 +579,12 @@ def settle(args, machine):
     return files
 
 
-def open_test(args, machine, files):
-    """{"test": the split}, also where there are no training files; says so where it is cut from others."""
-    render_if_asked(args, machine)
-    if split_path(args.data, "test", files).exists():
-        return {"test": open_split(args.data, "test", files)}
-    return {"test": open_clips(args, machine, files)["test"]}
-
-
 def train(args, machine):
     """Fine-tunes as the flags say, from --init or from where it was; scores best.pt on the test split."""
     files = settle(args, machine)
-    splits = open_test(args, machine, files) if args.zero_shot else open_clips(args, machine, files)
+    render_if_asked(args, machine)
+    splits = ({"test": open_split(args.data, "test", files, machine.say)} if args.zero_shot
+              else open_clips(args, machine, files))
     task = TASKS[args.task](args, splits)
     base, wordpiece = begin(args, task.training_texts, splits.get("train"), machine)
     task.splits, task.wordpiece, task.config = splits, wordpiece, base.config

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -267,11 +268,8 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # "--show | head" ends quietly
     try:
         main()
-        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here")
-    except BrokenPipeError:                 # "--show | head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)

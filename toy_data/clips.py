@@ -497,12 +497,18 @@ def split_path(folder, name, task):
     return Path(folder) / (f"{task}_{name}.jsonl" if task else f"{name}.jsonl")
 
 
-def open_split(folder, name, task=""):
-    """One of open_splits' three. A test file is opened as it is, with or without training files beside it."""
+def open_split(folder, name, task="", say=lambda note: None):
+    """One of open_splits' three. A test file is opened as it is, with or without training files beside it.
+
+    `say` is called with each sentence on what was cut from what.
+    """
     path = split_path(folder, name, task)
     if name == "test" and path.exists():
         return Manifest(path, FIELDS[task.split("_")[0]])
-    return open_splits(folder, task)[0][name]
+    splits, notes = open_splits(folder, task)
+    for note in notes:
+        say(note)
+    return splits[name]
 
 
 def cut(manifest, shares):
