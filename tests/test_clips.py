@@ -5,9 +5,7 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +13,8 @@ import torch
 from PIL import Image
 from torch._utils import ExceptionWrapper
 
-from toy_data import clips, render
-from toy_data.clips import (BrokenClip, ClipCaptions, DataError, Manifest, is_true, open_splits, read_clip,
-                            spans)
+from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, Manifest, WholeClips, clips, collate,
+                      find_clips, is_true, make_loader, read_clip, spans)
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not on the PATH")
 
@@ -74,25 +71,14 @@ KINDS = ["gif", "webp", "png", "folder", "npy", pytest.param("mp4", marks=needs_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_format_gives_its_exact_frames(clip, kind):
-    frames = moving_square(12)  # frame10 comes after frame9
-    read, numbers = read_clip(clip(kind, frames))
+def test_every_format_gives_its_exact_frames_all_or_the_chosen_in_their_order(clip, kind):
+    frames, asked = moving_square(12), []  # frame10 comes after frame9
+    path = clip(kind, frames)
+    read, numbers = read_clip(path)
     assert numbers == list(range(12)) and read.dtype == np.uint8 and read.shape == (12, 24, 32, 3)
     assert (read == frames).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_the_chosen_frames_come_in_the_chosen_order(clip, kind):
-    frames, asked = moving_square(12), []
-
-    def choose(count):
-        asked.append(count)
-        return [10, 2, 2, 7]
-
-    read, numbers = read_clip(clip(kind, frames), choose)
-    assert asked == [12] and numbers == [10, 2, 2, 7]
-    assert (read == frames[[10, 2, 2, 7]]).all()
-    read[:] = 0  # the frames are the caller's own
+    read, numbers = read_clip(path, lambda count: asked.append(count) or [10, 2, 2, 7])
+    assert asked == [12] and numbers == [10, 2, 2, 7] and (read == frames[[10, 2, 2, 7]]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,7 +109,7 @@ def test_a_gif_of_true_colours_and_local_palettes_is_exact(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "gif"])
-def test_what_is_transparent_becomes_black(tmp_path, suffix):
+def test_a_still_is_one_frame_and_what_is_transparent_becomes_black(tmp_path, suffix):
     pixels = np.full((8, 8, 4), 255, np.uint8)
     pixels[:4, :, 3] = 0
     Image.fromarray(pixels, "RGBA").save(tmp_path / f"clip.{suffix}", lossless=True)  # WebP's option
@@ -131,17 +117,11 @@ def test_what_is_transparent_becomes_black(tmp_path, suffix):
     assert frames.shape == (1, 8, 8, 3) and (frames[0, :4] == 0).all() and (frames[0, 4:] == 255).all()
 
 
-def test_a_photo_is_a_clip_of_one_frame(tmp_path):
-    Image.new("RGB", (20, 10), (10, 200, 30)).save(tmp_path / "photo.jpg")
-    frames, numbers = read_clip(tmp_path / "photo.jpg")
-    assert frames.shape == (1, 10, 20, 3) and numbers == [0]
-    assert np.abs(frames.astype(int) - (10, 200, 30)).max() < 4
-
-
 def test_a_folder_of_mixed_sizes_takes_the_size_of_its_first(tmp_path):
     save_folder(tmp_path / "clip", moving_square(3))
     Image.new("RGB", (50, 70), (9, 9, 9)).save(tmp_path / "clip" / "frame3.png")
-    (tmp_path / "clip" / "notes.txt").write_text("not a frame")
+    for name in ("notes.txt", ".frame0.png"):
+        (tmp_path / "clip" / name).write_text("not a frame")
     frames, _ = read_clip(tmp_path / "clip")
     assert frames.shape == (4, 24, 32, 3) and (frames[3] == 9).all()
 
@@ -162,7 +142,7 @@ def test_a_rotated_video_comes_upright(tmp_path):
 def test_a_video_of_uneven_frame_times_repeats_and_drops_nothing(tmp_path):
     frames = moving_square(9)
     uneven = "setpts='if(gt(N,4),N*7,N)/10/TB'"
-    save_video(tmp_path / "clip.mkv", frames, "-vf", uneven, *clips.frame_by_frame())
+    save_video(tmp_path / "clip.mkv", frames, "-vf", uneven)
     read, _ = read_clip(tmp_path / "clip.mkv")
     assert read.shape == frames.shape and (read == frames).all()
 
@@ -185,8 +165,9 @@ def test_more_frames_of_a_video_than_a_filter_can_list(tmp_path):
     assert (read_clip(tmp_path / "clip.mp4", lambda count: wanted)[0] == frames[wanted]).all()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Bad input
+# Bad input --------------------------------------------------------------------------------------------------
+
+NOISE = np.random.default_rng(0).bytes(5000)
 
 
 def one_line(error):
@@ -195,25 +176,33 @@ def one_line(error):
     return text
 
 
-@pytest.mark.parametrize("name", ["gone.gif", "gone.npy", "gone.mp4", "gone"])
-def test_a_missing_clip_is_broken(tmp_path, name):
-    with pytest.raises(BrokenClip, match=re.escape(f"{tmp_path / name}: there is no such file")) as error:
+BAD = {  # name: its content, or None for no file, and what is said of it
+    "gone.gif": (None, "there is no such file"), "gone": (None, "there is no such file"),
+    "empty.npy": (b"", "is empty"), "empty.mp4": (b"", "is empty"), "empty.webp": (b"", "is empty"),
+    "noise.gif": (NOISE, "cannot be decoded"), "noise.png": (NOISE, "cannot be decoded"),
+    "noise.npy": (NOISE, "cannot be decoded"),
+    "pickle.npy": (np.array([{"a": 1}], object), "cannot be decoded"),
+    "floats.npy": (np.zeros((2, 4, 4, 3), np.float32), r"is float32 .*; a clip is uint8 \(frames, H, W, 3\)"),
+    "frame.npy": (np.zeros((4, 4, 3), np.uint8), r"is uint8 \(4, 4, 3\); a clip is"),
+    "first.npy": (np.zeros((2, 3, 4, 4), np.uint8), r"is uint8 \(2, 3, 4, 4\); a clip is"),
+    "flat.npy": (np.zeros((2, 0, 4, 3), np.uint8), "has frames of 4x0; a frame has 1 to"),
+    "short.npy": (np.zeros((0, 4, 4, 3), np.uint8), "has 0 frames; a clip has 1 to"),
+    "two\nlines.gif": (NOISE, "cannot be decoded"), "\udce9t\udce9.gif": (NOISE, "cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD, pytest.param("noise.mp4", marks=needs_ffmpeg)])
+def test_a_bad_clip_is_named_in_one_line_that_can_be_printed(tmp_path, name):
+    content, wrong = BAD.get(name, (NOISE, "cannot be decoded by ffmpeg"))
+    if isinstance(content, np.ndarray):
+        np.save(tmp_path / name, content, allow_pickle=True)
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BrokenClip) as error:
         read_clip(tmp_path / name)
-    one_line(error)
-
-
-@pytest.mark.parametrize("name", ["empty.gif", "empty.npy", "empty.mp4", "empty.webp"])
-def test_an_empty_clip_is_broken(tmp_path, name):
-    (tmp_path / name).touch()
-    with pytest.raises(BrokenClip, match=re.escape(f"{tmp_path / name}: is empty")):
-        read_clip(tmp_path / name)
-
-
-def test_a_folder_without_images_is_broken(tmp_path):
-    (tmp_path / "clip").mkdir()
-    (tmp_path / "clip" / "notes.txt").write_text("no frame")
-    with pytest.raises(BrokenClip, match="without images"):
-        read_clip(tmp_path / "clip")
+    shown = name.replace("\n", r"\n").replace("\udce9", r"\udce9")
+    assert re.match(f"{re.escape(f'{tmp_path}/{shown}')}: {wrong}", one_line(error))
+    one_line(error).encode()
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png", "npy", pytest.param("mp4", marks=needs_ffmpeg)])
@@ -242,47 +231,16 @@ def test_a_video_cut_after_its_table_of_contents_is_broken(tmp_path):
         read_clip(tmp_path / "clip.mp4", lambda count: [0])
 
 
-@pytest.mark.parametrize("kind", ["gif", "png", "npy", pytest.param("mp4", marks=needs_ffmpeg)])
-def test_noise_is_broken(tmp_path, kind):
-    name = f"noise.{kind}"
-    (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(5000))
-    with pytest.raises(BrokenClip, match=f"{name}: cannot be decoded") as error:
-        read_clip(tmp_path / name)
-    one_line(error)
-
-
 def test_an_enormous_clip_is_broken_before_it_is_decoded(tmp_path):
-    wide = bytearray(b"GIF89a" + (20000).to_bytes(2, "little") * 2 + b"\0\0\0")
-    wide += b"," + b"\0\0\0\0" + (20000).to_bytes(2, "little") * 2 + b"\0" + b"\x02\x02\x4c\x01\x00;"
-    (tmp_path / "wide.gif").write_bytes(wide)
-    with pytest.raises(BrokenClip, match="wide.gif"):
-        read_clip(tmp_path / "wide.gif")
-
     Image.new("1", (10001, 10000)).save(tmp_path / "large.png")  # above ours, below Pillow's own limit
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module=r"PIL\.")  # as clips does; pytest resets it
-        with pytest.raises(BrokenClip, match="large.png: frames of 10001x10000 are enormous"):
+        with pytest.raises(BrokenClip, match="large.png: has frames of 10001x10000; a frame has"):
             read_clip(tmp_path / "large.png", size=8)
-
     np.lib.format.open_memmap(tmp_path / "long.npy", "w+", np.uint8, (1_000_001, 1, 1, 3))
     with pytest.raises(BrokenClip, match="long.npy: has 1,000,001 frames"):
         read_clip(tmp_path / "long.npy", lambda count: [0])
-
-
-@pytest.mark.parametrize(
-    "shape, kind", [((2, 4, 4, 3), np.float32), ((4, 4, 3), np.uint8), ((2, 3, 4, 4), np.uint8)]
-)
-def test_an_array_of_another_kind_is_broken(tmp_path, shape, kind):
-    np.save(tmp_path / "clip.npy", np.zeros(shape, kind))
-    with pytest.raises(BrokenClip, match=r"a clip is uint8 \(frames, H, W, 3\)"):
-        read_clip(tmp_path / "clip.npy")
-
-
-def test_a_pickled_array_is_never_loaded(tmp_path):
-    np.save(tmp_path / "clip.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(BrokenClip, match="clip.npy"):
-        read_clip(tmp_path / "clip.npy")
 
 
 def test_without_ffmpeg_a_video_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
@@ -293,8 +251,31 @@ def test_without_ffmpeg_a_video_is_an_error_that_says_what_to_install(tmp_path, 
     one_line(error)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sparse sampling
+@needs_ffmpeg
+def test_ctrl_c_does_not_reach_ffmpeg(tmp_path, monkeypatch):
+    """A terminal sends it to its session; a child with one of its own goes on."""
+    save_video(tmp_path / "clip.mp4", moving_square(3))
+    ran, run = [], subprocess.run
+    monkeypatch.setattr(clips.subprocess, "run", lambda *args, **how: ran.append(how) or run(*args, **how))
+    read_clip(tmp_path / "clip.mp4")
+    assert ran and all(how["start_new_session"] for how in ran)
+
+
+def test_find_clips_lists_videos_and_folders_of_images(tmp_path):
+    hidden = [".index.npy", ".trash/a.gif", "b/.c.mp4"]
+    for name in ["b/z.mp4", "b/a.GIF", "c/d/0.jpg", "c/d/1.jpg", "b/cover.jpg", "loose.png", "x.txt", *hidden,
+                 "\udce9.gif"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_clips(tmp_path)
+    assert list(found) == [r"\udce9.gif", "b/a.GIF", "b/z.mp4", "c/d"]
+    assert list(found.values()) == [tmp_path / name for name in ("\udce9.gif", "b/a.GIF", "b/z.mp4", "c/d")]
+    for folder, wrong in (("gone", "no such folder"), ("x.txt", "is a file")):
+        with pytest.raises(DataError, match=f"{folder}: .*{wrong}.*give a folder of clips"):
+            find_clips(tmp_path / folder)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="none: has no clips"):
+        find_clips(tmp_path / "none")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 100])
@@ -312,13 +293,10 @@ def test_spans_takes_one_frame_of_each_equal_span(count):
         assert len({numbers[0] for numbers in drawn}) == 25  # every frame of a span is drawn some time
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Samples
+# Samples ----------------------------------------------------------------------------------------------------
 
-
-def write_set(folder, count, kind="gif", **extra):
+def write_set(folder, count):
     """A folder with `count` clips of 12 frames in as many colours, and its opened manifest."""
-    folder.mkdir(exist_ok=True)
     lines = []
     for number in range(count):
         frames = moving_square(12, 24, 24)
@@ -355,22 +333,20 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path):
     numbers = [tuple(samples[epoch, 0]["numbers"].tolist()) for epoch in range(3)]
     assert len(set(numbers)) > 1
     assert not all(same(samples[key], clips_of(2)[key]) for key in keys)
+    evaluated = ClipCaptions(manifest, 4, 16, seed=0, train=False)
+    assert evaluated[(0, 2)]["numbers"].tolist() == spans(12, 4) == [1, 4, 7, 10]
+    assert same(evaluated[(0, 2)], evaluated[(9, 2)])
 
 
-def test_a_sample_is_the_same_from_any_number_of_workers(tmp_path):
+@pytest.mark.parametrize("workers, context", [(0, None), (2, "fork"), (1, "spawn")])
+def test_a_batch_is_the_same_from_any_number_of_workers(tmp_path, workers, context):
     dataset = ClipCaptions(write_set(tmp_path, 6), 4, 16, seed=0, train=True)
-    keys = [(0, 3), (0, 1), (1, 5), (1, 0)]
-    for workers, context in ((0, None), (2, "fork"), (1, "spawn")):
-        loader = torch.utils.data.DataLoader(dataset, batch_sampler=[keys[:2], keys[2:]], num_workers=workers,
-                                             collate_fn=list, multiprocessing_context=context)
-        samples = list(itertools.chain(*loader))
-        assert len(samples) == 4 and all(same(sample, dataset[key]) for sample, key in zip(samples, keys))
-
-
-def test_evaluation_takes_the_middle_frames_in_every_epoch(tmp_path):
-    dataset = ClipCaptions(write_set(tmp_path, 5), 4, 16, seed=0, train=False)
-    assert dataset[(0, 2)]["numbers"].tolist() == spans(12, 4) == [1, 4, 7, 10]
-    assert same(dataset[(0, 2)], dataset[(9, 2)])
+    loader = make_loader(dataset, Batches(6, 3, 0, 3), workers=workers)
+    loader.multiprocessing_context = context
+    expected = [collate([dataset[key] for key in keys]) for keys in Batches(6, 3, 0, 3)]
+    batches = list(loader)
+    assert [len(batch["rows"]) for batch in batches] == [3, 3, 3] and all(map(same, batches, expected))
+    assert batches[0]["frames"].shape == (3, 4, 3, 16, 16) and batches[0]["whole"].all()
 
 
 def test_augmentation_is_the_same_for_all_frames_and_never_a_flip(tmp_path):
@@ -397,21 +373,24 @@ def test_augmentation_is_the_same_for_all_frames_and_never_a_flip(tmp_path):
 def test_a_truncated_gif_is_named_and_replaced(tmp_path):
     manifest = write_set(tmp_path, 5)
     path = tmp_path / "2.gif"
-    path.write_bytes(path.read_bytes()[:-30])
+    path.write_bytes(path.read_bytes()[:-1])  # all but its trailer
     dataset = ClipCaptions(manifest, 4, 16, seed=0, train=True)
     sample = dataset[(0, 2)]
     assert sample["broken"] and all(message == f"{path}: is truncated" for message in sample["broken"])
     assert sample["index"] != 2 and sample["video"] == f"{sample['index']}.gif"
     assert same(sample, dataset[(0, 2)])
     assert len({dataset[(epoch, 2)]["index"] for epoch in range(30)}) == 4
+    batch = collate([dataset[(0, 2)], dataset[(0, 3)]])
+    assert batch["whole"].tolist() == [False, True] and batch["broken"] == sample["broken"]
+    assert batch["rows"] == [sample["row"], manifest[3]]
 
 
-def test_strict_stops_at_a_broken_clip(tmp_path):
-    manifest = write_set(tmp_path, 5)
-    (tmp_path / "2.gif").unlink()
-    with pytest.raises(DataError, match="2.gif: there is no such file.*--strict") as error:
-        ClipCaptions(manifest, 4, 16, seed=0, train=True, strict=True)[(0, 2)]
-    one_line(error)
+def test_whole_clips_have_all_frames_and_broken_ones_none(tmp_path):
+    manifest = write_set(tmp_path, 3)
+    (tmp_path / "1.gif").unlink()
+    whole = [WholeClips(manifest, 16)[i] for i in range(3)]
+    assert [clip.shape for clip in whole] == [(12, 3, 16, 16), (0, 3, 16, 16), (12, 3, 16, 16)]
+    assert (whole[2].permute(0, 2, 3, 1).numpy() == read_clip(tmp_path / "2.gif", size=16)[0]).all()
 
 
 def test_fifty_broken_clips_in_a_row_stop_the_run_in_one_line_even_from_a_worker(tmp_path):
@@ -420,6 +399,8 @@ def test_fifty_broken_clips_in_a_row_stop_the_run_in_one_line_even_from_a_worker
         (tmp_path / f"{number}.gif").unlink()
     with pytest.raises(DataError) as error:
         ClipCaptions(manifest, 4, 16, seed=0, train=True)[(0, 1)]
+    with pytest.raises(DataError, match="1.gif: there is no such file.*--strict"):
+        ClipCaptions(manifest, 4, 16, seed=0, train=True, strict=True)[(0, 1)]
     line = one_line(error)
     assert line.startswith(f"{manifest.path}: 50 clips in a row are broken, the first: ")
     raised = (error.type, error.value, error.tb)
@@ -429,9 +410,7 @@ def test_fifty_broken_clips_in_a_row_stop_the_run_in_one_line_even_from_a_worker
     assert "Traceback" in error.value.args[0] and one_line(error) == line
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Mismatched captions
-
+# Mismatched captions ----------------------------------------------------------------------------------------
 
 def write_lines(folder, *lines):
     """Rows that all show one short clip, under the names that they give it."""
@@ -482,13 +461,6 @@ def test_of_many_negatives_the_nearest_in_words_is_taken(tmp_path):
     assert mismatched_captions(dataset, 0) == {"a red circle goes up"}
 
 
-def test_a_split_without_a_mismatched_caption_says_what_it_needs(tmp_path):
-    dataset = write_lines(tmp_path, *({"video": video, "caption": "one"} for video in ("a.gif", "b.gif")))
-    with pytest.raises(DataError, match="needs two videos with different captions") as error:
-        dataset[(0, 0)]
-    one_line(error)
-
-
 def test_a_caption_is_true_if_its_things_are_different_things_of_the_scene():
     scene = [["red", "circle", "left"], ["red", "square"], ["grass"]]
     assert is_true([["red", "circle"]], scene)
@@ -502,23 +474,26 @@ def test_a_caption_is_true_if_its_things_are_different_things_of_the_scene():
     assert not is_true([["red"], ["square"], ["circle"], ["grass"]], scene)  # four things claimed of three
 
 
-def test_the_loader_knows_nothing_of_the_model():
-    imported = "import sys; import toy_data.clips; sys.exit('evilm' in sys.modules)"
-    root = Path(clips.__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", imported], cwd=root).returncode == 0
+KEPT = 12 * 3 * 16 * 16  # bytes of a clip of write_set
 
 
-def test_clips_that_are_kept_give_the_samples_of_clips_that_are_read(tmp_path, monkeypatch):
-    render(tmp_path / "set", 45)
-    manifest = open_splits(tmp_path / "set")[0]["train"]
+@pytest.mark.parametrize("total, one, kept", [(99, 1, 6), (2, 1, 2), (99, 0, 0)])
+def test_clips_are_kept_by_their_decoded_size_and_change_no_sample(tmp_path, monkeypatch, total, one, kept):
+    manifest = write_set(tmp_path, 6)
+    monkeypatch.setattr(clips, "MOST_KEPT", 0)
+    read = ClipCaptions(manifest, 4, 16, seed=3, train=True)
+    expected = [read[key] for key in itertools.product(range(3), range(6))]
+    monkeypatch.setattr(clips, "MOST_KEPT", total * KEPT)
+    monkeypatch.setattr(clips, "CLIP_KEPT", one * KEPT)
+    dataset = ClipCaptions(manifest, 4, 16, seed=3, train=True)
+    assert all(same(dataset[sample["epoch"], sample["index"]], sample) for sample in expected)
+    assert not read.kept and len(dataset.kept) == kept and dataset.room == (total - kept) * KEPT
 
-    def samples(room):
-        monkeypatch.setattr("toy_data.clips.MOST_KEPT", room)
-        dataset = ClipCaptions(manifest, 4, 64, seed=3, train=True)
-        found = [dataset[epoch, i]["frames"] for epoch in range(3) for i in range(8)]
-        return found, dataset
 
-    (kept, all_kept), (read, none), (some, few) = samples(1 << 29), samples(0), samples(400_000)
-    assert len(all_kept.kept) == 8 and not none.kept and 0 < len(few.kept) < 8
-    assert sum(frames.nbytes for frames in few.kept.values()) <= 400_000
-    assert all(a.equal(b) and a.equal(c) for a, b, c in zip(kept, read, some))
+def test_a_clip_is_not_broken_by_a_frame_that_is_not_wanted(tmp_path):
+    save_folder(tmp_path / "clip", moving_square(12))
+    (tmp_path / "clip" / "frame0.png").write_bytes(NOISE)
+    (tmp_path / "train.jsonl").write_text('{"video": "clip", "caption": "a square"}\n')
+    manifest = Manifest(tmp_path / "train.jsonl", ("video", "caption"))
+    dataset = ClipCaptions(manifest, 4, 16, seed=0, train=False, mismatched=False)  # frames 1, 4, 7, 10
+    assert dataset[0, 0]["broken"] == [] and not dataset.kept

@@ -3,16 +3,15 @@
 import collections
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import re
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 
-from toy_data import clips
-from toy_data.clips import Batches, DataError, Manifest, open_split, open_splits
+from toy_data import Batches, ClipCaptions, DataError, Manifest, clips, in_order, open_split, open_splits
 
 FIELDS = ("video", "caption")
 
@@ -27,13 +26,7 @@ def rows_of(videos, lines=1):
     return [{"video": f"{video}.gif", "caption": f"caption {video} {line}"} for video, line in pairs]
 
 
-def index_of(path):
-    return path.with_name(f".{path.name}.index.npy")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# One manifest
-
+# One manifest -----------------------------------------------------------------------------------------------
 
 def test_a_manifest_is_a_sequence_of_its_rows(tmp_path):
     odd = {"video": "é/日本.gif", "caption": "naïve – “quotes”\nand a line break", "more": [1]}
@@ -62,7 +55,7 @@ def test_line_numbers_count_blank_lines_and_any_line_end(tmp_path):
     [
         ("not json", "is not JSON"),
         ('{"video": "a.gif", "caption": "cut of', "is not JSON"),
-        ('{"video": "a.gif", "caption": "a"} {"video": "b.gif", "caption": "b"}', "more than one"),
+        ('{"video": "a.gif", "caption": "a"} {"video": "b.gif", "caption": "b"}', "more than a JSON object"),
         ('["a.gif", "a"]', "is not a JSON object"),
         ('{"video": "a.gif"}', 'has no "caption"'),
         ('{"video": "", "caption": "a"}', '"video" is empty'),
@@ -79,7 +72,7 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, wrong):
     with pytest.raises(DataError, match=re.escape(f"{path}:4: ") + f".*{wrong}.*looks like") as error:
         Manifest(path, FIELDS)
     assert "\n" not in str(error.value)
-    assert sorted(os.listdir(tmp_path)) == ["train.jsonl"]  # no index of a bad file
+    assert os.listdir(tmp_path) == ["train.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -124,92 +117,25 @@ def test_an_empty_or_missing_manifest_says_what_a_line_looks_like(tmp_path):
         Manifest(tmp_path / "gone.jsonl", FIELDS)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Its index
+def test_what_goes_to_a_worker_is_a_handle_to_the_offsets(tmp_path):
+    write(tmp_path / "captions.jsonl", rows_of(5000))
+    for manifest in (Manifest(tmp_path / "captions.jsonl", FIELDS), open_splits(tmp_path)["train"]):
+        sent = bytes(ForkingPickler.dumps(manifest))  # as a DataLoader sends it to a spawned worker
+        assert len(sent) < 1500 < 16 * len(manifest) and manifest.index.is_shared()
+        assert list(pickle.loads(sent)) == list(manifest)
+    assert os.listdir(tmp_path) == ["captions.jsonl"]  # no file of ours beside it
 
 
-@pytest.fixture
-def checks(monkeypatch):
-    """A list that grows by one whenever a manifest's lines are checked."""
-    made, check = [], clips.check_lines
-
-    def counted(*arguments):
-        made.append(arguments)
-        return check(*arguments)
-
-    monkeypatch.setattr(clips, "check_lines", counted)
-    return made
-
-
-def test_the_index_is_made_once_and_shared_by_memory_map(tmp_path, checks):
-    path = write(tmp_path / "train.jsonl", rows_of(20))
-    first, second = Manifest(path, FIELDS), Manifest(path, FIELDS)
-    assert len(checks) == 1 and isinstance(first.index, np.memmap) and isinstance(second.index, np.memmap)
-    assert list(second) == rows_of(20)
-    assert sorted(os.listdir(tmp_path)) == [index_of(path).name, "train.jsonl"]
-
-
-def test_the_index_is_made_anew_when_the_file_changes(tmp_path, checks):
-    path = write(tmp_path / "train.jsonl", rows_of(20))
-    Manifest(path, FIELDS)
-    write(path, rows_of(25))
-    assert len(Manifest(path, FIELDS)) == 25 and len(checks) == 2
-
-    text, state = path.read_text(), path.stat()
-    path.write_text(text.replace("0.gif", "9.gif"))  # of the same size
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
-    assert Manifest(path, FIELDS)[0]["video"] == "9.gif" and len(checks) == 3
-
-
-def test_the_index_is_made_anew_when_other_fields_are_needed(tmp_path, checks):
-    path = write(tmp_path / "train.jsonl", rows_of(20))
-    Manifest(path, ("video",))
-    write(path, [{"video": "a.gif"}])
-    Manifest(path, ("video",))
-    with pytest.raises(DataError, match='has no "caption"'):
-        Manifest(path, FIELDS)
-    assert len(checks) == 3
-
-
-@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY\x01\x00v\x00{'descr'", b"not an array at all"])
-def test_a_damaged_index_is_made_anew(tmp_path, checks, damage):
-    path = write(tmp_path / "train.jsonl", rows_of(20))
-    Manifest(path, FIELDS)
-    index_of(path).write_bytes(damage)
-    assert list(Manifest(path, FIELDS)) == rows_of(20) and len(checks) == 2
-    Manifest(path, FIELDS)
-    assert len(checks) == 2
-
-
-def test_where_no_index_can_be_written_it_stays_in_memory(tmp_path, monkeypatch):
-    def refuse(*arguments):
-        raise PermissionError("a read-only folder")
-
-    monkeypatch.setattr(clips.os, "replace", refuse)
-    path = write(tmp_path / "train.jsonl", rows_of(20))
-    manifest = Manifest(path, FIELDS)
-    assert list(manifest) == rows_of(20) and not isinstance(manifest.index, np.memmap)
-    assert sorted(os.listdir(tmp_path)) == ["train.jsonl"]  # nothing half-written either
-
-
-def count_rows(path):
-    return sum(row["video"].endswith(".gif") for row in Manifest(path, FIELDS))
-
-
-def test_processes_may_open_a_new_manifest_at_once(tmp_path):
-    path = write(tmp_path / "train.jsonl", rows_of(3000))
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        assert pool.map(count_rows, [path] * 8, chunksize=1) == [3000] * 8
-    assert sorted(os.listdir(tmp_path)) == [index_of(path).name, "train.jsonl"]
-
-
-def test_a_pickled_manifest_is_small_and_opens_again(tmp_path):
-    path = write(tmp_path / "captions.jsonl", rows_of(2000))
-    manifest = Manifest(path, FIELDS)
-    assert len(pickle.dumps(manifest)) < 1000
-    assert list(pickle.loads(pickle.dumps(manifest))) == list(manifest)
-    val = open_splits(tmp_path)[0]["val"]
-    assert list(pickle.loads(pickle.dumps(val))) == list(val) and 0 < len(val) < 2000
+def test_subsets_and_each_video(tmp_path):
+    path = write(tmp_path / "train.jsonl", [*rows_of(4, lines=3), *rows_of(2)])
+    whole = Manifest(path, FIELDS)
+    rows = list(whole)
+    assert list(Manifest(path, FIELDS, rows=[3, 1])) == [rows[3], rows[1]]
+    part = whole.subset([5, 2, 8])
+    assert list(part) == [rows[5], rows[2], rows[8]] and list(part.subset([2, 0])) == [rows[8], rows[5]]
+    assert list(whole.subset(np.arange(14) >= 12)) == rows[12:] and part.line(0) == 6
+    assert list(whole.each_video()) == rows[:12:3] and list(part.each_video()) == list(part)
+    assert len(whole.videos) == 14 and whole.videos[0] == whole.videos[12] != whole.videos[3]
 
 
 def test_a_file_that_changes_under_its_reader_is_named(tmp_path):
@@ -220,8 +146,12 @@ def test_a_file_that_changes_under_its_reader_is_named(tmp_path):
         manifest[15]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Splits
+# Splits -----------------------------------------------------------------------------------------------------
+
+def cut_of(folder, task=""):
+    """The splits of a folder and what is said of them."""
+    notes = []
+    return open_splits(folder, task, notes.append), notes
 
 
 def videos_of(manifest):
@@ -240,7 +170,7 @@ def assert_cut_by_video(splits, videos, lines):
 def test_three_files_are_taken_as_they_are(tmp_path):
     for name, videos in (("train", 9), ("val", 4), ("test", 5)):
         write(tmp_path / f"{name}.jsonl", rows_of(videos))
-    splits, notes = open_splits(tmp_path)
+    splits, notes = cut_of(tmp_path)
     assert list(splits) == ["train", "val", "test"] and notes == []
     assert [list(splits[name]) for name in splits] == [rows_of(9), rows_of(4), rows_of(5)]
     assert list(open_split(tmp_path, "val")) == rows_of(4)
@@ -248,39 +178,56 @@ def test_three_files_are_taken_as_they_are(tmp_path):
 
 def test_lone_captions_are_split_80_10_10_by_video(tmp_path):
     write(tmp_path / "captions.jsonl", rows_of(200, lines=3))
-    splits, notes = open_splits(tmp_path)
+    splits, notes = cut_of(tmp_path)
     assert_cut_by_video(splits, 200, 3)
     assert [len(videos_of(splits[name])) for name in ("train", "val", "test")] == [160, 20, 20]
     assert len(notes) == 1 and "train 480 lines, val 60 lines, test 60 lines" in notes[0]
-    assert {name: list(split) for name, split in open_splits(tmp_path)[0].items()} == {
-        name: list(split) for name, split in splits.items()
-    }
 
 
-@pytest.mark.parametrize("videos", [3, 4, 5, 11])
-def test_every_split_of_few_videos_has_one(tmp_path, videos):
+@pytest.mark.parametrize("videos", [6, 7, 11])
+def test_every_split_of_few_videos_has_two(tmp_path, videos):
     write(tmp_path / "captions.jsonl", rows_of(videos, lines=2))
-    assert_cut_by_video(open_splits(tmp_path)[0], videos, 2)
+    splits = open_splits(tmp_path)
+    assert_cut_by_video(splits, videos, 2)
+    assert min(len(videos_of(split)) for split in splits.values()) >= 2
 
 
-def test_two_videos_cannot_be_split(tmp_path):
-    write(tmp_path / "captions.jsonl", rows_of(2, lines=5))
-    with pytest.raises(DataError, match="captions.jsonl: names 2 videos, too few"):
+@pytest.mark.parametrize("files, videos, needed", [
+    (["captions"], 5, r"names too few videos \(5\): cutting val and test from train takes 6"),
+    (["train"], 1, r"names too few videos \(1\): cutting val and test from train takes 6"),
+    (["train", "test"], 3, r"names too few videos \(3\): cutting val from train takes 4"),
+])
+def test_too_few_videos_for_the_splits_are_an_error(tmp_path, files, videos, needed):
+    for name in files:
+        write(tmp_path / f"{name}.jsonl", rows_of(videos, lines=5))
+    with pytest.raises(DataError, match=f"{files[0]}.jsonl: {needed}.*two a split.*add clips"):
         open_splits(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [
+    [{"video": f"{i}.gif", "caption": "the same"} for i in range(9)],
+    [{"video": "0.gif", "caption": f"caption {i}"} for i in range(9)],
+    [{"video": f"{i // 2}.gif", "caption": f"caption {i % 2}"} for i in range(3)],
+])
+def test_a_split_without_mismatched_captions_is_refused_before_training(tmp_path, rows):
+    path = write(tmp_path / "val.jsonl", rows)
+    with pytest.raises(DataError, match=f"{path}: has no mismatched caption for 0.gif; a split needs two"):
+        ClipCaptions(Manifest(path, FIELDS), 4, 16, 0, train=False)
+    ClipCaptions(Manifest(path, FIELDS), 4, 16, 0, train=False, mismatched=False)
 
 
 def test_a_split_depends_on_the_names_alone_and_not_on_their_order(tmp_path):
     write(tmp_path / "captions.jsonl", rows_of(50))
-    before = {name: videos_of(split) for name, split in open_splits(tmp_path)[0].items()}
+    before = {name: videos_of(split) for name, split in open_splits(tmp_path).items()}
     write(tmp_path / "captions.jsonl", rows_of(50)[::-1])
-    assert {name: videos_of(split) for name, split in open_splits(tmp_path)[0].items()} == before
+    assert {name: videos_of(split) for name, split in open_splits(tmp_path).items()} == before
 
 
 def test_without_val_five_percent_of_the_training_videos_are_cut(tmp_path):
     write(tmp_path / "train.jsonl", rows_of(200, lines=2))
     test = [{"video": f"t{v}.gif", "caption": f"test {v}"} for v in range(7)]
     write(tmp_path / "test.jsonl", test)
-    splits, notes = open_splits(tmp_path)
+    splits, notes = cut_of(tmp_path)
     assert list(splits["test"]) == test
     assert len(videos_of(splits["val"])) == 10 and len(videos_of(splits["train"])) == 190
     assert not videos_of(splits["val"]) & videos_of(splits["train"])
@@ -292,14 +239,14 @@ def test_without_test_val_becomes_test_and_val_is_cut_from_train(tmp_path):
     write(tmp_path / "train.jsonl", rows_of(100))
     val = [{"video": f"v{v}.gif", "caption": f"val {v}"} for v in range(7)]
     write(tmp_path / "val.jsonl", val)
-    splits, notes = open_splits(tmp_path)
+    splits, notes = cut_of(tmp_path)
     assert list(splits["test"]) == val and len(splits["val"]) == 5 and len(splits["train"]) == 95
     assert "no test.jsonl, so val.jsonl is the test set; val cut from train" in notes[0]
 
 
 def test_with_train_alone_val_and_test_are_cut_from_it(tmp_path):
     write(tmp_path / "qa_train.jsonl", [row | {"question": "what?", "answer": "it"} for row in rows_of(100)])
-    splits, notes = open_splits(tmp_path, "qa")
+    splits, notes = cut_of(tmp_path, "qa")
     assert_cut_by_video(splits, 100, 1)
     assert (len(splits["train"]), len(splits["val"]), len(splits["test"])) == (90, 5, 5)
     assert "no qa_val.jsonl and no qa_test.jsonl; val and test cut from train by video" in notes[0]
@@ -312,26 +259,21 @@ def test_a_test_file_alone_can_be_opened_for_evaluation(tmp_path):
         open_splits(tmp_path)
 
 
-def test_a_row_of_a_split_knows_its_line_in_the_file(tmp_path):
-    path = write(tmp_path / "captions.jsonl", rows_of(40))
-    lines = path.read_text().splitlines()
-    for split in open_splits(tmp_path)[0].values():
-        assert [json.loads(lines[split.line(i) - 1]) for i in range(len(split))] == list(split)
-
-
 @pytest.mark.parametrize(
     "task, names", [("", "train.jsonl and no captions.jsonl"), ("mc_action", "mc_action_train.jsonl")]
 )
 def test_a_folder_without_manifests_says_what_is_missing(tmp_path, task, names):
     with pytest.raises(DataError, match=f'{tmp_path}: has no {names}; a line looks like {{"video"'):
         open_splits(tmp_path, task)
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="gone: there is no such folder; give one that holds"):
         open_splits(tmp_path / "gone", task)
+    path = write(tmp_path / "test.txt", [])
+    for opened in (lambda: open_splits(path, task), lambda: open_split(path, "test", task)):
+        with pytest.raises(DataError, match=f"test.txt: is a file; .*: --data {tmp_path}$"):
+            opened()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Batches
-
+# Batches ----------------------------------------------------------------------------------------------------
 
 def test_an_epoch_is_a_permutation_and_its_last_smaller_batch_is_dropped():
     batches = Batches(length=23, batch_size=5, seed=7, steps=12)
@@ -353,13 +295,12 @@ def test_a_run_goes_on_from_any_step_with_the_same_batches(start):
     assert list(rest) == list(Batches(23, 5, 7, 12))[start:] and len(rest) == 12 - start
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_the_ranks_share_each_batch_without_overlap(world):
-    whole = list(Batches(23, 5, 7, 12))
-    ranks = [list(Batches(23, 5, 7, 12, rank=rank, world=world)) for rank in range(world)]
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_the_ranks_divide_each_batch_without_overlap(world_size):
+    whole = list(Batches(23, 6, 7, 12))
+    ranks = [list(Batches(23, 6, 7, 12, rank=rank, world_size=world_size)) for rank in range(world_size)]
     for step, batch in enumerate(whole):
-        parts = [rank[step] for rank in ranks]
-        assert all(parts) and sorted(sum(parts, [])) == sorted(batch) and sum(map(len, parts)) == 5
+        assert [rank[step] for rank in ranks] == [batch[rank::world_size] for rank in range(world_size)]
 
 
 def test_fewer_rows_than_a_batch_are_one_batch_an_epoch():
@@ -368,10 +309,14 @@ def test_fewer_rows_than_a_batch_are_one_batch_an_epoch():
     assert [sorted(batch) for batch in batches] == [[(epoch, i) for i in range(3)] for epoch in range(4)]
 
 
-def test_a_batch_too_small_for_the_processes_is_an_error():
-    with pytest.raises(DataError, match="a batch of 2 clips cannot be shared by 4 processes"):
-        Batches(length=2, batch_size=8, seed=0, steps=4, world=4)
+@pytest.mark.parametrize("batch_size, length, batch", [(30, 99, 30), (64, 12, 12)])
+def test_a_batch_that_processes_and_parts_do_not_divide_is_an_error(batch_size, length, batch):
+    Batches(length, batch_size - batch_size % 4, 0, 4, world_size=2, parts=2)
+    message = f"a batch of {batch} clips cannot be divided by 2 processes x 4 parts .--acc.* 8 divides"
+    with pytest.raises(DataError, match=message):
+        Batches(length, batch_size, 0, 4, world_size=2, parts=4)
 
 
-def test_keys_are_plain_numbers():
-    assert all(type(number) is int for batch in Batches(9, 4, 0, 3) for key in batch for number in key)
+def test_evaluation_takes_each_clip_once_and_in_order():
+    assert in_order(range(5), batch_size=2) == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]]
+    assert in_order(range(5), most=3) == [[(0, 0), (0, 1), (0, 2)]]

@@ -2,11 +2,7 @@
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -17,9 +13,8 @@ from PIL import Image
 from toy_data import synthetic
 from toy_data.__main__ import main
 from toy_data.clips import DataError, is_true
-from toy_data.synthetic import BACKGROUNDS, COLOURS, FORMS, HELD_OUT, SHAPES, SIZES, render, tags
+from toy_data.synthetic import COLOURS, FORMS, HELD_OUT, SHAPES, render, render_if_missing
 
-ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")
 CHOICES = ("mc_caption", "mc_action", "mc_transition")
 CLIPS = 500
@@ -28,7 +23,7 @@ CLIPS = 500
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("synthetic") / "toy"
-    render(out, clips=CLIPS, seed=1, workers=1)
+    render(out, clips=CLIPS, seed=1)
     return out
 
 
@@ -80,25 +75,10 @@ def test_all_files_and_clips_are_there(folder, read, shown):
     assert {path.name for path in folder.iterdir()} == wanted
     assert {f"clips/{path.name}" for path in (folder / "clips").iterdir()} == set(shown)
     assert len(shown) == CLIPS
+    assert {frames_of(folder / name).shape for name in list(shown)[::7]} == {(12, 64, 64, 3)}
     card = json.loads((folder / "set.json").read_text())
     assert card == {"name": "synthetic", "clips": CLIPS, "seed": 1, "version": 2}
     assert (len(read("train")), len(read("val"))) == (CLIPS * 8 // 10, CLIPS // 10)
-
-
-def test_a_clip_has_twelve_frames_of_64_pixels(folder, shown):
-    assert {frames_of(folder / name).shape for name in list(shown)[::7]} == {(12, 64, 64, 3)}
-
-
-def test_the_manifest_says_what_was_drawn(read, shown):
-    for split in SPLITS:
-        assert all(row["shows"] == shown[row["video"]] for row in read(split))
-
-
-def test_colours_are_far_from_each_other_and_from_every_background():
-    colours = np.array(list(COLOURS.values()))
-    shades = np.concatenate([colours, *synthetic.BACKGROUNDS.values()])
-    apart = np.linalg.norm(colours[:, None] - shades, axis=-1)
-    assert np.sort(apart, 1)[:, 1].min() > 80       # the nearest is the colour itself
 
 
 @pytest.mark.parametrize("background", synthetic.BACKGROUNDS)
@@ -127,13 +107,6 @@ def test_a_plain_motion_goes_its_way(folder, shown, motion, way):
     for name, shows in [item for item in shown.items() if len(item[1]) == 2 and item[1][0][3] == motion][:5]:
         moved = np.diff(centre(frames_of(folder / name), shows[0][0])[[0, -1]], axis=0)[0]
         assert (np.sign(np.round(moved / 20)) == way).all(), (name, shows, moved)
-
-
-def test_a_transition_is_two_motions(folder, shown):
-    name, shows = first_of(shown, "left-then-up")
-    path = centre(frames_of(folder / name), shows[0][0])
-    first, second = path[5] - path[0], path[11] - path[6]
-    assert first[0] < -12 and abs(first[1]) < 3 and abs(second[0]) < 3 and second[1] < -12
 
 
 @pytest.mark.parametrize("action", synthetic.ACTIONS)
@@ -196,14 +169,6 @@ def test_all_words_of_val_and_test_occur_in_train_captions():
         assert {row["answer"] for split in ("val", "test") for row in files[f"qa_{split}"]} <= answers
 
 
-def test_a_caption_keeps_to_known_words():
-    scene = synthetic.Scene((synthetic.Thing("red", "circle", "large", "left"),), "grass")
-    known = set("a large red circle moves left on grass".split())
-    for seed in range(30):
-        caption, _ = synthetic.draw_caption(np.random.default_rng(seed), scene, set(), known, set())
-        assert set(caption.split()) <= known
-
-
 @pytest.mark.parametrize("clips", [45, 47, 100])
 def test_small_sets_have_every_kind_in_every_split(clips):
     scenes, files = synthetic.plan(clips, 3)
@@ -217,10 +182,11 @@ MEANINGS = {form: word for word, forms in FORMS.items() for form in forms if wor
 MEANINGS |= {name: name for name in (*COLOURS, *SHAPES)}
 
 
-def test_the_claims_are_what_the_words_say(read):
+def test_the_claims_are_what_the_words_say_and_are_true(read, shown):
     """Each colour, shape, size, action, direction and background that is said is claimed, and no other."""
     counted = {"twice": "twice", "two times": "twice", "three times": "thrice", "thrice": "thrice"}
     for row in [row for split in SPLITS for row in read(split)]:
+        assert row["shows"] == shown[row["video"]] and is_true(row["says"], row["shows"])
         caption = row["caption"].replace("two times", "twice").replace("three times", "thrice").split()
         claimed = Counter(part for thing in row["says"] for word in thing for part in word.split("-"))
         for word in (*COLOURS, *SHAPES, "large", "small", *synthetic.ACTIONS, *synthetic.BACKGROUNDS,
@@ -233,31 +199,11 @@ def test_the_claims_are_what_the_words_say(read):
             assert caption.count(word) == claimed[word], (word, row)
 
 
-def test_every_caption_is_true_of_its_clip(read):
-    for split in SPLITS:
-        assert all(is_true(row["says"], row["shows"]) for row in read(split))
-
-
-def test_a_whole_motion_is_not_its_first_half(shown):
-    _, shows = first_of(shown, "left-then-up")
-    colour, shape = shows[0][:2]
-    assert is_true([[colour, shape, "left-then-up"]], shows) and not is_true([[colour, shape, "left"]], shows)
-    _, shows = first_of(shown, "jumps-twice")
-    colour, shape = shows[0][:2]
-    assert is_true([[colour, shape, "jumps"]], shows)
-    assert not is_true([[colour, shape, "jumps-thrice"]], shows)
-
-
 def test_a_retrieval_caption_is_true_of_its_own_clip_alone(read):
     rows = read("test")
     assert len({row["caption"] for row in rows}) == len({row["video"] for row in rows}) == len(rows) >= 40
     for row in rows:
         assert [other["video"] for other in rows if is_true(row["says"], other["shows"])] == [row["video"]]
-
-
-def test_val_captions_differ(read):
-    captions = [row["caption"] for row in read("val")]
-    assert len(set(captions)) >= 0.97 * len(captions)
 
 
 def test_words_have_a_long_tail(read):
@@ -268,20 +214,11 @@ def test_words_have_a_long_tail(read):
     words = Counter(word for row in rows for word in row["caption"].split())
     assert words.most_common()[9][1] >= 20 * words.most_common()[-5][1]
     assert 70 <= len(words) <= 100
+    captions = [row["caption"] for row in read("val")]
+    assert len(set(captions)) >= 0.97 * len(captions)
     for word in ("moves", "large", "circle"):
         usual, *others = FORMS[word]
         assert words[usual] > 1.5 * sum(words[other] for other in others)
-
-
-def test_captions_are_short_and_mostly_content(read):
-    rows = read("train")
-    for things, least, most in ((1, 5, 9), (2, 9, 14)):
-        lengths = [len(row["caption"].split()) for row in rows if len(row["shows"]) == things + 1]
-        assert least <= np.mean(lengths) <= most
-    named = np.mean([any("background" in thing for thing in row["says"]) for row in rows])
-    assert 0.1 < named < 0.3
-    function_words = {"a", "an", "the", "there", "is", "that", "and", "then", "in", "on", "at", "while"}
-    assert np.mean([word in function_words for row in rows for word in row["caption"].split()]) < 0.4
 
 
 def test_caption_groups_say_what_changes(read):
@@ -310,13 +247,6 @@ def test_each_option_is_the_answer_once_and_the_others_are_false(read, shown, ki
         assert true == [answer == row["answer"] for answer in range(5)]
 
 
-def test_the_order_of_options_is_random(full):
-    rows = full["mc_action_train"]
-    for action in synthetic.ACTIONS:
-        places = Counter(row["options"].index(action) for row in rows)
-        assert len(places) == 5 and min(places.values()) > 0.1 * len(rows)
-
-
 def test_options_differ_in_the_changed_attributes_alone(read):
     """Without the named attributes all five claims are one; any two differ in one or two words."""
     for row in [row for split in SPLITS for row in read(f"mc_caption_{split}")]:
@@ -331,13 +261,6 @@ def test_options_differ_in_the_changed_attributes_alone(read):
             for b in row["says"]:
                 differing = sum(x != y for s, t in zip(a, b) for x, y in zip(s, t))
                 assert a == b or 1 <= differing <= 2
-
-
-def test_all_kinds_of_change_occur(full):
-    changed = Counter("+".join(row["changed"]) for row in full["mc_caption_train"])
-    assert set(changed) == {"+".join(changes) for changes, _ in synthetic.CHANGES} and len(changed) == 8
-    assert min(changed.values()) >= 40 and max(changed, key=changed.get) in ("colour", "shape")
-    assert changed["binding"] >= 150
 
 
 def test_a_question_has_one_answer(read, shown):
@@ -369,17 +292,27 @@ def digest(folder):
     return [(str(path.relative_to(folder)), hashlib.md5(path.read_bytes()).hexdigest()) for path in files]
 
 
-def test_same_bytes_whatever_the_number_of_workers(tmp_path):
-    render(tmp_path / "one", clips=100, seed=5, workers=1)
-    render(tmp_path / "two", clips=100, seed=5, workers=2)
-    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+def test_a_seed_is_a_set_of_the_same_bytes(tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        render(tmp_path / name, clips=45, seed=seed)
+    a, b, c = (dict(digest(tmp_path / name)) for name in "abc")
+    assert a == b and set(a) == set(c) and all(a[name] != c[name] for name in a)
+    # What results were measured on. (How a GIF is encoded is Pillow's.)
+    clips = sorted(tmp_path.glob("a/clips/*"))
+    pixels = b"".join(frames_of(path).astype(np.uint8).tobytes() for path in clips)
+    rows = b"".join(path.read_bytes() for path in sorted(tmp_path.glob("a/*.jsonl")))
+    assert [hashlib.md5(content).hexdigest()[:8] for content in (pixels, rows)] == ["47a8ac03", "25cc104e"]
 
 
-def test_another_seed_is_another_set(tmp_path):
-    for seed in (5, 6):
-        render(tmp_path / str(seed), clips=45, seed=seed)
-    five, six = dict(digest(tmp_path / "5")), dict(digest(tmp_path / "6"))
-    assert all(five[name] != six[name] for name in five) and set(five) == set(six)
+def test_only_the_default_folder_is_rendered_when_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rendered = []
+    monkeypatch.setattr(synthetic, "render", rendered.append)
+    for folder in ("my_clips", tmp_path / "data/toy", "data/toy", Path("data/toy")):
+        render_if_missing(folder)
+    (tmp_path / "data/toy").mkdir(parents=True)
+    render_if_missing("data/toy")
+    assert rendered == ["data/toy", Path("data/toy")]
 
 
 def test_a_set_is_rendered_once_and_never_over_another(tmp_path, capsys):
@@ -406,24 +339,25 @@ def test_what_cannot_be_is_refused(tmp_path, clips, seed, flag):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_render_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(folder, seed, number_and_scene):
-        if number_and_scene[0] == 20:
-            raise KeyboardInterrupt
-        write_clip(folder, seed, number_and_scene)
-
-    write_clip = synthetic.write_clip
-    monkeypatch.setattr(synthetic, "write_clip", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        render(tmp_path / "toy", clips=45)
-    assert not list(tmp_path.iterdir())
-
-
 # ---- the command -------------------------------------------------------------------------------------------
 
 def type_in(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["toy_data", *map(str, arguments)])
     main()
+
+
+def test_ctrl_c_says_interrupted_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(path, *scene):
+        if path.name == "00020.gif":
+            raise KeyboardInterrupt
+        write_clip(path, *scene)
+
+    write_clip = synthetic.write_clip
+    monkeypatch.setattr(synthetic, "write_clip", interrupted)
+    with pytest.raises(SystemExit) as end:
+        type_in(monkeypatch, "--out", tmp_path / "toy", "--clips", 45)
+    assert end.value.code == 130 and capsys.readouterr().err.endswith("interrupted\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_renders_shows_and_says_what_is_next(tmp_path, monkeypatch, capsys):
@@ -445,31 +379,3 @@ def test_bad_input_ends_with_status_2(tmp_path, monkeypatch, capsys, arguments, 
         type_in(monkeypatch, *arguments)
     assert end.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
-
-
-def test_ctrl_c_says_interrupted(tmp_path):
-    """To the whole group of processes, as a terminal sends it."""
-    command = [sys.executable, "-m", "toy_data", "--out", tmp_path / "toy", "--clips", "1000"]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)
-    until = time.monotonic() + 60
-    while not list(tmp_path.glob(".*/clips/*.gif")) and time.monotonic() < until:
-        time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGINT)
-    said = running.communicate(timeout=60)[1]
-    assert running.returncode == 130 and said.endswith("interrupted\n") and "Traceback" not in said
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_still_is_tagged_where_it_shows_one_thing(read):
-    kinds = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "background": BACKGROUNDS}
-    for row in read("train"):
-        if len(row["shows"]) == 3:
-            assert tags(row) == {}
-        else:
-            thing, background = row["shows"]
-            found = tags(row)
-            assert list(found) == list(kinds) and all(found[kind] in kinds[kind] for kind in kinds)
-            assert {found["colour"], found["shape"], found["size"]} <= set(thing)
-            assert found["background"] in background
-    assert tags({"video": "a.gif", "caption": "a man"}) == {}

@@ -4,7 +4,7 @@
 
 A set's converter yields (file to write, place, names, row): where the row was read, for messages; the names
 that its video may have, whatever their endings; the row without "video". Where a set publishes no val or no
-test, none is written: open_splits cuts it from train by video, as it does for anybody's clips.
+test, none is written, and open_splits cuts it from train.
 """
 
 import argparse
@@ -13,9 +13,8 @@ import csv
 import json
 import os
 import re
-import shutil
 import statistics
-import uuid
+import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,15 +22,8 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from toy_data.clips import (
-    FIELDS,
-    VIDEO_SUFFIXES,
-    DataError,
-    Manifest,
-    errors_in_one_line,
-    find_fault,
-    open_splits,
-)
+from toy_data.clips import (FIELDS, VIDEO_SUFFIXES, DataError, Manifest, errors_in_one_line, find_fault,
+                            is_image, open_splits)
 
 ENDINGS = VIDEO_SUFFIXES | {"."}  # some names of DiDeMo end in a dot
 FILE = re.compile(r"(?:(qa|action|mc_[a-z]+)_)?(?:train|val|test)\.jsonl|captions\.txt")
@@ -41,13 +33,11 @@ MEND = "give the file as the authors of the set publish it"
 
 
 # ---- the sets ----------------------------------------------------------------------------------------------
-
-
 def webvid(annotations):
     """WebVid-2.5M (Bain et al. 2021; github.com/m-bain/webvid, where it has had to be withdrawn).
 
-    results_2M_train.csv and results_2M_val.csv have the columns videoid, contentUrl, duration, page_dir and
-    name, the caption, in any order; the videos are PAGE_DIR/VIDEOID.mp4. A few captions are empty.
+    results_2M_train.csv and results_2M_val.csv have videoid and name, the caption, among their columns; the
+    videos are PAGE_DIR/VIDEOID.mp4.
     """
     files = {"results_2M_train.csv": "train.jsonl", "results_2M_val.csv": "val.jsonl"}
     for path, file in files_of(annotations, files):
@@ -59,10 +49,9 @@ def msrvtt(annotations, split):
     """MSR-VTT (Xu et al. 2016): 10,000 videos, videoN.mp4, of 20 captions each.
 
     train_val_videodatainfo.json and test_videodatainfo.json, or both in one MSRVTT_data.json, hold "videos"
-    (video_id, split: train, validate or test) and "sentences" (video_id, caption). `full` is their own split,
-    6,513/497/2,990. `1k-A` is JSFusion's (Yu et al. 2018): MSRVTT_JSFUSION_test.csv (key, vid_key, video_id,
-    sentence) has 1,000 videos with one caption each, MSRVTT_train.9k.csv (video_id) the other 9,000. `7k`
-    trains on MSRVTT_train.7k.csv, the 7,010 of train and validate (github.com/ArrowLuo/CLIP4Clip has all).
+    and "sentences". `full` is their own split, 6,513/497/2,990. `1k-A` is JSFusion's (Yu et al. 2018):
+    MSRVTT_JSFUSION_test.csv has 1,000 videos with one caption each, MSRVTT_train.9k.csv the other 9,000; `7k`
+    trains on MSRVTT_train.7k.csv, train and validate (github.com/ArrowLuo/CLIP4Clip has all of them).
     """
     infos = [one_of(annotations, "MSRVTT_data.json|train_val_videodatainfo.json")]
     if infos[0].name != "MSRVTT_data.json":
@@ -108,9 +97,8 @@ def open_questions(annotations, names_of):
 def msrvtt_mc(annotations):
     """MSRVTT-MC (Yu et al. 2018): for 2,990 videos the right one of five captions. It is a test set alone.
 
-    JSFusion's MSR_MC_test.csv (github.com/yj-yu/lsmdc) has tabs and the columns key, vid_key (msr7010 is
-    video7010), a1 to a5, answer from 0. ClipBERT's msrvtt_retrieval_mc_test.jsonl, all-in-one's
-    msrvtt_mc_test.jsonl, is the same in lines of {qid, clip_name, options, answer}.
+    JSFusion's MSR_MC_test.csv (github.com/yj-yu/lsmdc) is a table with tabs, msr7010 in it is video7010.
+    ClipBERT's msrvtt_retrieval_mc_test.jsonl, all-in-one's msrvtt_mc_test.jsonl, has the same rows.
     """
     names = "MSR_MC_test.csv|msrvtt_retrieval_mc_test.jsonl|msrvtt_mc_test.jsonl"
     [(path, file)] = files_of(annotations, {names: "mc_caption_test.jsonl"})
@@ -127,7 +115,7 @@ def tgif(annotations):
     """TGIF (Li et al. 2016; github.com/raingo/TGIF-Release, folder data): 102,068 GIFs.
 
     tgif-v1.0.tsv has the URL of a GIF and a caption a line, no head, no quoting; splits/train.txt, val.txt
-    and test.txt a URL a line. A GIF's name is the last part of its URL. In test each has three captions.
+    and test.txt a URL a line. A GIF's name is the last part of its URL.
     """
     part_of = {}
     for part in PARTS:
@@ -163,18 +151,17 @@ def didemo(annotations):
 
     {train,val,test}_data.json: a list of {video, description, times, ...}; `times` are the [first, last] five
     seconds that each annotator marked. A video's descriptions make one caption, in the order of the moments
-    by the annotators' median. Videos have many endings, and some have two: the rows of X.mov and X.mp4 are
-    of one video. The release's script for AWS saves it as X.mov.mp4.
+    by the annotators' median. The rows of X.mov and X.mp4 are of one video, which may be X.mov.mp4 on disk.
     """
     for path, file in files_of(annotations, {f"{part}_data.json": f"{part}.jsonl" for part in PARTS}):
         moments = defaultdict(list)
         for place, row in read(path, "video", "description", "times"):
             when = [statistics.median(ends) for ends in zip(*row["times"])]  # [first, last]
             moments[os.path.splitext(row["video"])[0]].append((when, place, row))
-        for told in moments.values():
-            told.sort(key=lambda moment: moment[0])
-            names = [row["video"] for _, _, row in told]
-            yield file, told[0][1], names, {"caption": " ".join(row["description"] for _, _, row in told)}
+        for described in moments.values():
+            described.sort(key=lambda moment: moment[0])
+            names, texts = zip(*((row["video"], row["description"]) for _, _, row in described))
+            yield file, described[0][1], names, {"caption": " ".join(texts)}
 
 
 def hmdb51(annotations, split):
@@ -194,9 +181,8 @@ def hmdb51(annotations, split):
 def kinetics400(annotations):
     """Kinetics-400 (Kay et al. 2017; github.com/cvdfoundation/kinetics-dataset).
 
-    train.csv and val.csv (at first validate.csv) have the columns label, youtube_id, time_start, time_end,
-    split and, later, is_cc; the clips are YOUTUBEID_000001_000011.mp4, some tools leave the times out. For
-    years test.csv had no labels, so everybody reports val, and so does open_splits, which makes it the test.
+    The clips of train.csv and val.csv (once validate.csv) are YOUTUBEID_000001_000011.mp4; some tools leave
+    the times out. For years test.csv had no labels, so everybody reports val, which open_splits makes test.
     """
     files = {"train.csv": "action_train.jsonl", "val.csv|validate.csv": "action_val.jsonl"}
     for path, file in files_of(annotations, files):
@@ -223,17 +209,13 @@ def choice(question, options, answer):
     return {"question": question, "options": options, "answer": answer}
 
 
-CONVERTERS = {
-    "webvid": webvid, "msrvtt": msrvtt, "msrvtt-qa": msrvtt_qa, "msrvtt-mc": msrvtt_mc, "msvd-qa": msvd_qa,
-    "tgif": tgif, "tgif-qa": tgif_qa, "didemo": didemo, "hmdb51": hmdb51, "kinetics400": kinetics400,
-    "coco-captions": coco_captions,
-}
+SETS = (webvid, msrvtt, msrvtt_qa, msrvtt_mc, msvd_qa, tgif, tgif_qa, didemo, hmdb51, kinetics400,
+        coco_captions)
+CONVERTERS = {converter.__name__.replace("_", "-"): converter for converter in SETS}
 SPLITS = {"msrvtt": ("1k-A", "7k", "full"), "hmdb51": ("1", "2", "3")}  # the first is the default
 
 
 # ---- reading a release -------------------------------------------------------------------------------------
-
-
 def one_of(annotations, names):
     """The path of a file of the release; `a|b` is a, or else b."""
     folder = annotations if annotations.is_dir() else annotations.parent
@@ -252,17 +234,10 @@ def files_of(annotations, files):
 
 
 def read(path, *fields, key=None, head=True, **dialect):
-    """(place, row) for each row of a table, of JSONL, or of the list that JSON is, or holds under `key`.
-
-    Every row must have the `fields`; a table without a head has these columns. Tables may have millions of
-    rows, and are read row by row.
-    """
-    if path.suffix == ".json":
-        rows = read_json(path, key)
-    elif path.suffix == ".jsonl":
-        rows = read_lines(path)
-    else:
-        rows = read_table(path, None if head else fields, dialect)
+    """(place, row) for each row of a table, of JSONL, or of the list that JSON is or holds under `key`. Every
+    row must have the `fields`; a table without a head has these columns."""
+    columns = None if head else fields
+    rows = read_json(path, key) if "json" in path.suffix else read_table(path, columns, dialect)
     for place, row in rows:
         for field in fields:
             if type(row) is not dict or row.get(field) is None:
@@ -280,48 +255,43 @@ def read_table(path, columns, dialect):
             raise DataError(f"{path}:{rows.reader.line_num}: is not a table ({error}); {MEND}") from error
 
 
-def read_lines(path):
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            yield f"{path}:{number}", parse(f"{path}:{number}", line)
-
-
 def read_json(path, key):
-    entries = parse(path, path.read_bytes())
-    if key:
-        entries = entries.get(key) if type(entries) is dict else None
-    if type(entries) is not list:
-        raise DataError(f"{path}: is no list{key and f' of {key}' or ''}; {MEND}")
-    for number, entry in enumerate(entries, 1):
-        yield f"{path}: entry {number}", entry
-
-
-def parse(place, text):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: is not JSON ({error}); {MEND}") from error
+    lines, place = path.suffix == ".jsonl", path
+    with open(path, "rb") as file:
+        try:
+            for number, text in enumerate(file if lines else [file.read()], 1):
+                place = f"{path}:{number}" if lines else path
+                value = json.loads(text)
+                if lines:
+                    yield place, value
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: is not JSON ({error}); {MEND}") from error
+    if not lines:
+        entries = value.get(key) if key and type(value) is dict else value
+        if type(entries) is not list:
+            raise DataError(f"{path}: is no list{key and f' of {key}' or ''}; {MEND}")
+        yield from ((f"{path}: entry {number}", entry) for number, entry in enumerate(entries, 1))
 
 
 # ---- finding the videos ------------------------------------------------------------------------------------
-
-
 def list_videos(videos, out):
     """{a video's name without its ending: (its folder as rows name it, ending)}, from one walk over the disk.
 
-    Rows name a folder relative to `out` where it lies inside, else from the root. Of two videos with one name
-    the first in path order counts. Millions fit, since the videos of a folder share their pairs.
+    A folder of images is a video without an ending. Rows name a folder relative to `out` where it lies
+    inside, else from the root. Of two videos with one name the first in path order counts.
     """
     videos, out = os.path.abspath(videos), os.path.abspath(out)
-    inside, listed = os.path.commonpath([videos, out]) == out, {}
+    inside, listed, pairs = os.path.commonpath([videos, out]) == out, {}, {}
     for folder, folders, files in os.walk(videos, followlinks=True):
         folders.sort()
-        pairs = {}
-        for file in sorted(files):
-            name, ending = os.path.splitext(file)
-            if ending.lower() in ENDINGS:
-                pair = (folder.removeprefix(out).lstrip(os.sep) if inside else folder, ending)
-                listed.setdefault(name, pairs.setdefault(ending, pair))
+        found = [(folder, *os.path.splitext(file)) for file in sorted(files)]
+        found = [(folder, name, ending) for folder, name, ending in found if ending.lower() in ENDINGS]
+        if not found and folder != videos and any(map(is_image, files)):
+            found = [(*os.path.split(folder), "")]
+        for parent, name, ending in found:
+            parent = parent.removeprefix(out).lstrip(os.sep) if inside else parent
+            pair = pairs.setdefault((parent, ending), (parent, ending))  # shared: there may be millions
+            listed.setdefault(name, pair)
     return listed
 
 
@@ -336,13 +306,10 @@ def find(listed, names):
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
-
-
 def convert(name, annotations, videos, out, split=None):
     """Writes a set into the folder `out`, all its files or none -> the tally.
 
-    The tally has the number of rows by file, the names of the missing videos, and the number of rows without
-    their text; these and the rows of missing videos are left out.
+    The tally has the rows by file and what was left out: the names of missing videos, rows without text.
     """
     splits, has_videos = SPLITS.get(name, ()), name != "coco-captions"
     if split and split not in splits:
@@ -353,42 +320,26 @@ def convert(name, annotations, videos, out, split=None):
         raise DataError((f"--videos {videos}: is not a folder" if videos else "--videos is missing")
                         + "; give the folder that holds the set's videos")
     rows = CONVERTERS[name](annotations, *([split or splits[0]] if splits else []))
+    rows = tqdm(rows, name, unit="row", leave=False, disable=None)
     listed = list_videos(videos, out) if has_videos else {}
     tally = SimpleNamespace(rows=Counter(), missing={}, empty=0)
-    with whole_or_nothing(out) as folder:
-        write(folder, lines_of(tqdm(rows, name, unit="row", leave=False, disable=None), listed, tally))
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".", dir=there) as part:
+        with contextlib.ExitStack() as stack:
+            files = {}
+            for file, line in lines_of(rows, listed, tally):
+                if file not in files:
+                    opened = open(Path(part, file), "w", encoding="utf-8", errors="replace")
+                    files[file] = stack.enter_context(opened)
+                files[file].write(f"{line}\n")
         refuse(annotations, videos, out, tally)
         if has_videos:
             names = "".join(f"{video}\n" for video in tally.missing)
-            (folder / "missing.txt").write_text(names, encoding="utf-8", errors="replace")
-    return tally
-
-
-@contextlib.contextmanager
-def whole_or_nothing(out):
-    """A folder to write in, whose files move into `out` at the end. After an error nothing of it is left."""
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    folder = out / f".{uuid.uuid4().hex}.part"
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        for path in folder.iterdir():
+            Path(part, "missing.txt").write_text(names, encoding="utf-8", errors="replace")
+        out.mkdir(parents=True, exist_ok=True)
+        for path in Path(part).iterdir():
             os.replace(path, out / path.name)
-    finally:
-        shutil.rmtree(folder)
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
-            for empty in made:
-                empty.rmdir()
-
-
-def write(folder, lines):
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for name, line in lines:
-            if name not in files:
-                file = open(folder / name, "w", encoding="utf-8", errors="replace")
-                files[name] = stack.enter_context(file)
-            files[name].write(f"{line}\n")
+    return tally
 
 
 def lines_of(rows, listed, tally):
@@ -442,28 +393,17 @@ def refuse(annotations, videos, out, tally):
 
 
 # ---- the command -------------------------------------------------------------------------------------------
-
-
 def describe(out, tally):
     """Opens what was written, as training would, and says what it holds."""
-    manifests = [Manifest(out / file, fields_of(file)) for file in tally.rows]
-    videos = len(np.unique(np.concatenate([manifest.videos for manifest in manifests])))
+    videos = np.concatenate([Manifest(out / file, fields_of(file)).videos for file in tally.rows])
     rows = ", ".join(f"{file} {count:,}" for file, count in tally.rows.items())
-    print(f"{out}: rows: {rows}; videos: {videos:,} found, {len(tally.missing):,} missing")
-    if tally.missing:
-        print(f"   {out / 'missing.txt'} lists the missing ones; their rows are left out")
-    if tally.empty:
-        print(f"   {tally.empty:,} rows without a text are left out")
+    print(f"{out}: rows: {rows}; videos: {len(np.unique(videos)):,} found, {len(tally.missing):,} missing")
+    if tally.missing or tally.empty:
+        print(f"   left out: rows of the missing videos, listed in {out / 'missing.txt'}, and "
+              f"{tally.empty:,} rows without text")
     for file in tally.rows:
         if "train" in file:
-            print(*(f"   {note}\n" for note in open_splits(out, task_of(file))[1]), sep="", end="")
-
-
-def describe_captions(out, tally):
-    """Says how BERT's vocabulary is cut by the captions."""
-    print(f"{out / 'captions.txt'}: {tally.rows['captions.txt']:,} captions. With BERT's vocab.txt: "
-          f"python pretrain.py --preset paper --vocab vocab.txt --vocab-captions "
-          f"{out}/captions.txt --data DIR")
+            open_splits(out, task_of(file), lambda note: print(f"   {note}"))
 
 
 def main():
@@ -477,7 +417,11 @@ def main():
     args = parser.parse_args()
     with errors_in_one_line():
         tally = convert(args.name, args.annotations, args.videos, args.out, args.split)
-        (describe_captions if args.name == "coco-captions" else describe)(args.out, tally)
+        if args.name != "coco-captions":
+            return describe(args.out, tally)
+        file = args.out / "captions.txt"
+        print(f"{file}: {tally.rows[file.name]:,} captions. With BERT's vocab.txt: python pretrain.py "
+              f"--preset paper --vocab vocab.txt --vocab-captions {file} --data DIR")
 
 
 if __name__ == "__main__":

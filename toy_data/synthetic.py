@@ -10,16 +10,11 @@ asking about it, grouping, the plan of all files, drawing, writing.
 
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-import time
 from bisect import bisect
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +23,11 @@ from tqdm import tqdm
 
 from toy_data.clips import DataError, is_true
 
+SYNTHETIC = "data/toy"          # rendered on first use; no other folder is
 VERSION = 2
 SIZE, FRAMES = 64, 12           # pixels a side, frames a clip
 
 # ---- the grammar: what there is, commonest first ------------------------------------------------------
-
 COLOURS = {
     "red": (226, 32, 32), "blue": (36, 72, 240), "green": (20, 196, 48), "yellow": (246, 226, 20),
     "purple": (136, 28, 206), "white": (246, 246, 246), "orange": (246, 128, 8), "pink": (246, 124, 192),
@@ -66,7 +61,6 @@ HELD_OUT = {        # these occur in test alone: their words are common, only th
 }
 
 # ---- the grammar: how it is said, the usual form first ------------------------------------------------
-
 USUAL = (0.7, 0.15, 0.08, 0.04, 0.03)
 FORMS = {
     "a": ("a", "the"), "large": ("large", "big", "huge"), "small": ("small", "little", "tiny"),
@@ -87,7 +81,6 @@ WHERE = {
 BESIDE = {"top": "above", "bottom": "below", "left-half": "beside", "right-half": "beside"}
 
 # ---- the grammar: what a question asks ----------------------------------------------------------------
-
 KINDS = ("caption", "action", "transition", "caption", "caption")   # of the groups, over and over
 # What the five clips of a caption group differ in, each with how many of its values, and how often.
 CHANGES = (
@@ -101,7 +94,6 @@ VALUES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": ("large", "small"),
 
 
 # ---- a scene ------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Thing:
     colour: str
@@ -182,7 +174,6 @@ def draw_scene(generator, count=None):
 
 
 # ---- saying it ----------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Wording:
     """All that is free in a caption. One wording of five scenes gives captions that differ where they do."""
@@ -273,17 +264,7 @@ def say(scene, wording):
     return caption, claims
 
 
-def tags(row):
-    """What a still of a row's clip shows, {"colour": "red", ...}; none where there are two things, or where the
-    row, of another set, does not say."""
-    thing, *others = row.get("shows", [()])
-    if len(others) != 1:
-        return {}
-    return dict(zip(("colour", "shape", "size"), thing)) | {"background": others[0][1]}
-
-
 # ---- asking about it ----------------------------------------------------------------------------------
-
 def questions(scene, generator):
     """One to three questions that have one answer, each of another kind: (kind, question, answer)."""
     asked = {"count": [("how many things are there?", ("one", "two")[len(scene.things) - 1])],
@@ -302,7 +283,6 @@ def questions(scene, generator):
 
 
 # ---- grouping -----------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Group:
     """Five scenes and the question they share: option i is true of scene i and of no other."""
@@ -418,19 +398,13 @@ def draw_caption(generator, scene, must, known, used):
 
 
 # ---- the plan: every split's groups, and the rows of every file ---------------------------------------
-
-def split_sizes(clips):
-    """Groups a split: val and test have a tenth each, 3 at least for the three kinds, and 80 at most."""
-    groups = clips // 5
-    held = min(max(3, groups // 10), 80)
-    return {"train": groups - 2 * held, "val": held, "test": held}
-
-
 def plan(clips, seed):
     """(the scenes of all clips, {file: its rows}). No scene is in two splits; where train is large enough to
     have all words, val and test are worded in those of its captions."""
     scenes, files, taken, words = [], {}, set(), set()
-    for number, (split, size) in enumerate(split_sizes(clips).items()):
+    held = min(max(3, clips // 50), 80)         # groups in val and in test: 3 at least for the three kinds
+    sizes = {"train": clips // 5 - 2 * held, "val": held, "test": held}
+    for number, (split, size) in enumerate(sizes.items()):
         known = words if split != "train" and clips >= 500 else None
         rows, used = {}, set()
         for index in range(size):
@@ -483,22 +457,25 @@ def video_name(number):
 
 
 # ---- drawing ------------------------------------------------------------------------------------------
-
+@cache
 def silhouette(shape, side):
-    """(side, side) bool: where the shape is."""
+    """Two (side, side) bool: where the shape is, and where it is without its edge."""
     v, u = (2 * np.mgrid[:side, :side] + 1 - side) / side       # -1 to 1, downwards and to the right
     radius = np.hypot(u, v)
-    down, across = (np.abs(w) <= 0.95 for w in (v, u))
     if shape in ("ladder", "fence"):    # three rungs between two rails; three pales on one rail
         bars = np.floor((v if shape == "ladder" else u) * 2.5 + 2.5) % 2 == 0
         rails = np.abs(u) >= 0.7 if shape == "ladder" else np.abs(v) <= 0.15
-        return (bars | rails) & down & across
-    return {
-        "circle": radius <= 1,
-        "ring": (radius <= 1) & (radius >= 0.55),
-        "triangle": (abs(u) <= (v + 1) / 2) & (v <= 0.85),
-        "cross": np.minimum(abs(u), abs(v)) <= 0.36,
-    }[shape]
+        inside = (bars | rails) & (np.abs(u) <= 0.95) & (np.abs(v) <= 0.95)
+    else:
+        inside = {
+            "circle": radius <= 1,
+            "ring": (radius <= 1) & (radius >= 0.55),
+            "triangle": (abs(u) <= (v + 1) / 2) & (v <= 0.85),
+            "cross": np.minimum(abs(u), abs(v)) <= 0.36,
+        }[shape]
+    padded = np.pad(inside, 1)
+    core = inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return inside, core
 
 
 def draw_background(name, generator):
@@ -555,16 +532,6 @@ def track(motion, pixels, box, generator):
     return corners, np.where(active & (action == "blinks"), 0, sides), active & (action == "flashes")
 
 
-def stamp(patch, inside, fill, dark):
-    """The shape with an edge; in the dark the edge stays as bright as the shape was."""
-    core, side, edge = inside.copy(), len(inside), 1
-    padded = np.pad(inside, edge)
-    for i, j in ((0, edge), (2 * edge, edge), (edge, 0), (edge, 2 * edge)):
-        core &= padded[i:i + side, j:j + side]
-    patch[inside] = fill if dark else fill + 1
-    patch[core] = fill + 2 if dark else fill
-
-
 def draw_clip(scene, generator):
     """(frames of palette indices (FRAMES, SIZE, SIZE) uint8, palette (n, 3) uint8)"""
     def jitter(colours, by):
@@ -578,66 +545,26 @@ def draw_clip(scene, generator):
         pixels = generator.integers(*(PIXELS_IN_HALF if thing.place else PIXELS)[thing.size], endpoint=True)
         tracks = track(thing.motion, int(pixels), BOXES[thing.place], generator)
         for frame, (x, y), side, dark in zip(frames, *tracks):
-            if side:
-                stamp(frame[y:y + side, x:x + side], silhouette(thing.shape, side), fill, dark)
+            if side:    # in the dark the edge stays as bright as the shape was
+                inside, core = silhouette(thing.shape, int(side))
+                patch = frame[y:y + side, x:x + side]
+                patch[inside] = fill if dark else fill + 1
+                patch[core] = fill + 2 if dark else fill
     # Pillow drops a frame that equals the one before, so one corner pixel ticks, by one step of one colour.
     frames[:, 0, 0] = len(palette) + np.arange(FRAMES) % 2
     return frames, np.array(palette + [palette[0], palette[0] + (0, 0, 1)]).astype(np.uint8)
 
 
 # ---- writing ------------------------------------------------------------------------------------------
-
-def write_clip(folder, seed, number_and_scene):
-    number, scene = number_and_scene
-    frames, palette = draw_clip(scene, np.random.default_rng([seed, number]))
+def write_clip(path, scene, generator):
+    frames, palette = draw_clip(scene, generator)
     images = [Image.fromarray(frame) for frame in frames]
     for image in images:
         image.putpalette(palette.tobytes())
-    path = folder / video_name(number)
     images[0].save(path, save_all=True, append_images=images[1:], duration=120, loop=0, optimize=False)
 
 
-def end_with_parent():
-    """A worker does not outlive a parent that was killed."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def write_clips(folder, seed, scenes, workers):
-    """Draws all clips, in `workers` processes; a clip's bytes depend on the seed and its number alone."""
-    (folder / "clips").mkdir()
-    write_one, numbered = partial(write_clip, folder, seed), list(enumerate(scenes))
-    bar = partial(tqdm, total=len(scenes), desc="drawing clips", unit="clip", leave=False)
-    if workers == 1 or len(scenes) < 100:
-        for _ in bar(map(write_one, numbered)):
-            pass
-        return
-    # Spawned, since the caller may have threads by now, which a fork would break.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent)
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)     # the workers inherit this
-    try:
-        written = pool.map(write_one, numbered, chunksize=50)
-        signal.signal(signal.SIGINT, on_interrupt)
-        for _ in bar(written):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def is_there(out, card):
-    """Whether `out` holds the set that the card describes; a DataError where it holds anything else."""
-    if not out.exists() or out.is_dir() and not any(out.iterdir()):
-        return False
-    try:
-        found = json.loads((out / "set.json").read_text())
-    except (OSError, ValueError):
-        found = "something else than a synthetic set"
-    if found != card:
-        raise DataError(f"{out}: holds {found}, not {card}; give another folder as --out, or remove this")
-    return True
-
-
-def render(out, clips=12000, seed=0, workers=None):
+def render(out, clips=12000, seed=0):
     """Draws the set into the folder `out`: whole, or not at all. The same bytes for the same seed."""
     out = Path(out)
     if clips < 45:
@@ -645,22 +572,31 @@ def render(out, clips=12000, seed=0, workers=None):
     if seed < 0:
         raise DataError(f"--seed {seed}: 0 or more")
     card = {"name": "synthetic", "clips": clips // 5 * 5, "seed": seed, "version": VERSION}
-    if is_there(out, card):
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
+        try:
+            found = json.loads((out / "set.json").read_text())
+        except (OSError, ValueError):
+            found = "something else than a synthetic set"
+        if found != card:
+            raise DataError(f"{out}: holds {found}, not {card}; give another folder as --out, or remove this")
         print(f"{out}: holds this set already")
         return
     scenes, files = plan(clips, seed)
     place = out.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    for left in place.parent.glob(f".{place.name}.*.partial"):      # by a run that was killed
-        if time.time() - left.stat().st_mtime > 3600:
-            shutil.rmtree(left, ignore_errors=True)
     folder = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
-        folder.mkdir()
-        write_clips(folder, seed, scenes, workers or min(os.cpu_count(), 1 + clips // 500))
+        (folder / "clips").mkdir(parents=True)
+        for number, scene in enumerate(tqdm(scenes, "drawing clips", unit="clip", leave=False)):
+            write_clip(folder / video_name(number), scene, np.random.default_rng([seed, number]))
         for name, rows in files.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "set.json").write_text(json.dumps(card) + "\n")
         folder.replace(place)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def render_if_missing(folder):
+    """Renders the set on first use. A folder that the user names is never made up."""
+    if Path(folder) == Path(SYNTHETIC) and not Path(folder).exists():
+        render(folder)
