@@ -1,46 +1,47 @@
 """E-ViLM: efficient video-language model by masked video modeling with a semantic vector-quantized tokenizer.
 
-The whole method in one file, in the paper's order and words. `python evilm.py` prints Table 8, ours beside
-the paper's.
+The whole method in one file, in the paper's order and words (Fang, Zheng, Sharma, Piramuthu, 2023). What the
+method needs to run (published weights, devices, checkpoints) stands below the line "the paper ends here".
+`python evilm.py` prints Table 8, ours beside the paper's; `python evilm.py --trace` follows one clip through.
 
     paper                                   here
     3.1   video encoder (EdgeNeXt)          EdgeNeXt, ConvEncoder, SDTAEncoder, CrossCovarianceAttention
-          ... its start, from pictures      PictureTags, train_encoder.py
     3.1   language encoder (tiny BERT)      WordPiece, TextEmbedding, Transformer
     3.1   multi-modal decoder               Transformer
     (1)   e^V, e^L                          EViLM.encode_video, EViLM.encode_text
     (2)   h^CLS, h^L, h^V                   EViLM.fuse
     3.2   masked frames                     block_mask (4.1), mask_frames
-    3.4   masked words                      mask_words
     (3)   L_MVM                             mvm_loss
     (4)   nearest code                      VectorQuantizer
     (5)   averaged output, word logits      SemanticTokenizer.read_words
     (6)   L_TOKEN, focal                    focal_loss
-    (7)   L_SVQ                             VectorQuantizer, train_tokenizer.py
-    (8)   L = L_MLM + L_VTM + L_MVM         EViLM.forward, pretrain.py
+    (7)   L_SVQ                             svq_loss, VectorQuantizer
+    3.4   masked words                      mask_words
+    (8)   L = L_MLM + L_VTM + L_MVM         pretraining_loss, EViLM.forward
     4.1   settings                          Config.paper, make_optimizer, learning_rate
-    4.1   weights that others published     load_published
-    4.2   R@K, multiple choice, zero-shot   rank_of_truth, EViLM.match
+    4.1   published weights                 load_published
     4.2   questions, options; linear probe  Choice, LinearProbe
+    4.2   R@K, multiple choice, zero-shot   rank_of_truth, recalls, EViLM.match
     4.3   other tokenizers: VideoSwin       VideoSwin, SwinBlock, WindowAttention
     4.3   ... of pixels, as DALL-E's        SemanticTokenizer.draw_pixels
-    4.4   fast retrieval                    FastRetrieval, contrastive_loss, ranks_by_cosine
-    4.5   Table 8; a clip's way through     table8, multiply_adds, trace
+    4.4   fast retrieval                    FastRetrieval, contrastive_loss
+    4.5   Table 8                           table8, multiply_adds
 
-Shapes: B clips, T frames, L words, g cells a side, N = T*g*g cells, D the decoder's width, K words, M codes.
-A mask is True where something is there (a real word); `chosen`, and what block_mask makes, where something
+Shapes: B clips, T frames, L tokens of a caption, g patches a side, N = T*g*g patches, D the decoder's width,
+K words, M codes. A `mask` is True where something is there (a real word); `masked` is True where something
 was masked.
 """
 import argparse
+import ast
 import contextlib
+import datetime
 import errno
-import inspect
+import io
 import json
 import math
 import os
 import re
 import resource
-import shlex
 import signal
 import sys
 import time
@@ -48,7 +49,6 @@ import unicodedata
 import warnings
 from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,90 +64,77 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Config:
-    """Every size and training setting; `Config.paper()` is section 4.1, `Config.toy()` fits a laptop.
+    """Every size and training setting: `Config.paper()` is section 4.1, `Config.toy()` fits a laptop.
 
-    Where 4.1 gives no number: the language encoder's depth follows from Table 8's count, the decoder's heads
-    and inner width and the dropout are BERT's, 30 words cover WebVid's captions.
+    Each field says where the paper preset's value comes from: `paper`; `inferred`, from Table 8's counts or
+    from a release that the paper cites; `ours`, where the paper is silent.
     """
-    preset: str = "paper"
-    frames: int = 4                     # T, sparsely sampled (4.1)
-    size: int = 256                     # pixels a side; a cell is 32x32, so g = size / 32
-    # video encoder: EdgeNeXt-Small
-    depths: tuple = (3, 3, 9, 3)        # blocks a stage
-    dims: tuple = (48, 96, 160, 304)    # channels a stage
-    kernels: tuple = (3, 5, 7, 9)       # depth-wise kernel a stage
-    scales: tuple = (2, 2, 3, 4)        # parts of the split depth-wise cascade a stage; stage 1 has none
-    xca_heads: int = 8
-    layer_scale: float = 1e-6           # what each block is multiplied by at first
-    # language encoder: a BERT of 12 layers, 128 wide
-    vocab_rows: int = 9157              # rows of the embedding: 30% of BERT's 30,522 words
-    words: int = 9157                   # rows in use; the rest are never drawn, and count in no softmax nor K
-    positions: int = 512
-    text_width: int = 128
-    text_layers: int = 12
-    text_heads: int = 4
-    max_words: int = 30                 # a caption is cut there, with [CLS] and [SEP] (WebVid's mean is 20)
-    # pictures, from which the video encoder starts where nobody published weights of its size
-    encoder_epochs: int = 5
-    encoder_batch_size: int = 32
-    encoder_lr: float = 1.5e-3
-    # multi-modal decoder
-    width: int = 384                    # D
-    decoder_layers: int = 4
-    decoder_heads: int = 6
-    decoder_pre_norm: bool = False      # post-norm, BERT's, is what gives Table 8's count
-    dropout: float = 0.1                # in the language encoder and the decoder, as in BERT
-    # semantic tokenizer: CLIP's ViT-B/32, 9,420 codes of 32 numbers, 8 layers that read words from the codes
-    codes: int = 9420                   # M
-    code_dim: int = 32
-    vit_width: int = 768
-    vit_layers: int = 12
-    vit_heads: int = 12
-    tokenizer_width: int = 384          # the paper gives 8 layers and no width: the decoder's
-    tokenizer_layers: int = 8
-    tokenizer_heads: int = 6
-    # other tokenizers (4.3, Tables 6 and 7)
-    tokenizer_target: str = "words"     # what D reads from the codes: the caption's words, or the pixels
-    tokenizer_encoder: str = "vit"      # E: vit, or videoswin, which sees a frame's neighbours: Video Swin-T
-    swin_dim: int = 96                  # channels of stage 1; twice as many each stage
-    swin_depths: tuple = (2, 2, 6, 2)
-    swin_heads: tuple = (3, 6, 12, 24)
-    swin_window: tuple = (8, 7, 7)      # frames, rows and columns within which cells attend to each other
-    # masking (4.1)
-    mask_ratio: float = 0.40
-    word_ratio: float = 0.15
-    mvm_weight: float = 1.0             # of L_MVM in Eq. (8); 0: cells are masked, none predicted
-    blocks: bool = True                 # False: masked cells are drawn one by one (an experiment)
-    negatives: int = 1                  # mismatched captions drawn, the nearest in words is taken; 1: random
-    video_positions: float = 1.0        # times the sines of time and place in e^V; 0: none
-    augment: bool = True                # one random crop for a clip's frames, never a flip ("left" is a word)
-    # training (4.1). The paper says neither batch size nor schedule nor how weights start: linear warm-up and
-    # a cosine, as its relatives do; see `initialise`. (Fig. 6's 15K steps in 20 epochs would be 3,300 clips.)
-    batch_size: int = 64
-    epochs: int = 20
-    lr: float = 1e-4
-    video_lr: float = 1.0               # the video encoder's rate, times `lr`, where it starts from weights
-    weight_decay: float = 0.01
-    warmup: float = 0.05                # share of the steps
-    tokenizer_epochs: int = 10
-    tokenizer_batch_size: int = 64
-    tokenizer_lr: float = 2e-4
-    # The paper's tokenizer starts from CLIP. One that starts from nothing collapses: its vectors run to one
-    # point, where Eq. (7) costs nothing. Then words are learned first, for a share of the steps, from E(X)
-    # unquantized.
-    tokenizer_warm: float = 0.0
-    tokenizer_revive: int = 0           # steps after which a code that no cell chose is moved; 0: never
-    word_weight: float = 1.0            # factor on L_TOKEN in Eq. (7), small beside the code terms by its 1/K
-    pixel_weight: float = 200.0         # the same of pixels: their gradient at E(X) is then as strong
+    preset: str = "paper"               # ours
+    frames: int = 4                     # paper: T, sparsely sampled
+    size: int = 256                     # paper: pixels a side; a patch is 32x32, so g = size / 32
+    # Video encoder: EdgeNeXt-Small (paper); the numbers are its release's.
+    depths: tuple = (3, 3, 9, 3)        # inferred: blocks a stage
+    dims: tuple = (48, 96, 160, 304)    # inferred: channels a stage
+    kernels: tuple = (3, 5, 7, 9)       # inferred: depth-wise kernel a stage
+    scales: tuple = (2, 2, 3, 4)        # inferred: splits of the depth-wise cascade a stage; stage 1 has none
+    xca_heads: int = 8                  # inferred
+    layer_scale: float = 1e-6           # inferred: factor on each block at first
+    # Language encoder: a small BERT
+    vocab_rows: int = 9157              # inferred: rows of the embedding, 30% of BERT's 30,522
+    vocab_size: int = 9157              # ours: words in use; the rows beyond are never drawn or predicted
+    positions: int = 512                # inferred: BERT's
+    text_width: int = 128               # paper
+    text_layers: int = 12               # inferred: Table 8's 2.4M
+    text_heads: int = 4                 # paper
+    max_words: int = 30                 # ours: tokens a caption, [CLS] and [SEP] too; WebVid's mean is 20
+    # Multi-modal decoder
+    width: int = 384                    # paper: D
+    decoder_layers: int = 4             # paper
+    decoder_heads: int = 6              # inferred: BERT's 64 channels a head
+    decoder_pre_norm: bool = False      # inferred: BERT's post-norm; Table 8 allows either
+    dropout: float = 0.1                # inferred: BERT's, in the language encoder and in the decoder
+    # Semantic tokenizer
+    codes: int = 9420                   # paper: M
+    code_dim: int = 32                  # paper
+    vit_width: int = 768                # inferred: CLIP's ViT-B/32, whose stride of 32 gives EdgeNeXt's grid
+    vit_layers: int = 12                # inferred
+    vit_heads: int = 12                 # inferred
+    tokenizer_width: int = 384          # ours: the multi-modal decoder's
+    tokenizer_layers: int = 8           # paper
+    tokenizer_heads: int = 6            # ours
+    # Other tokenizers (4.3, Tables 6 and 7)
+    tokenizer_target: str = "words"     # paper: what D reads from the codes, "words" or "pixels"
+    tokenizer_encoder: str = "vit"      # paper: E, "vit" or "videoswin"
+    swin_dim: int = 96                  # inferred: Video Swin-T, channels of stage 1, doubled each stage
+    swin_depths: tuple = (2, 2, 6, 2)   # inferred
+    swin_heads: tuple = (3, 6, 12, 24)  # inferred
+    swin_window: tuple = (8, 7, 7)      # inferred: frames, rows and columns of an attention window
+    # Masking and losses
+    mask_ratio: float = 0.40            # paper: of each frame's patches
+    blocks: bool = True                 # paper: block-wise; False: single patches
+    word_ratio: float = 0.15            # paper
+    mvm_weight: float = 1.0             # paper: of L_MVM in Eq. (8); 0: patches are masked, none predicted
+    word_weight: float = 1.0            # paper: of L_TOKEN in Eq. (7), which is small by its 1/K
+    pixel_weight: float = 200.0         # ours: of the pixel loss in its place
+    negatives: int = 1                  # ours: captions drawn for a mismatch, the closest in words is taken
+    video_positions: float = 1.0        # ours: factor on the sines of time and place in e^V; 0: none
+    augment: bool = True                # paper: random; ours: one crop a clip, no flip ("left" is a word)
+    # Training
+    batch_size: int = 64                # ours: 15K steps (Fig. 6) in 20 epochs would be 3,300 clips
+    epochs: int = 20                    # paper
+    lr: float = 1e-4                    # paper
+    weight_decay: float = 0.01          # paper
+    warmup: float = 0.05                # ours: fraction of the steps; then a cosine
+    tokenizer_batch_size: int = 64      # ours
+    tokenizer_epochs: int = 10          # paper
+    tokenizer_lr: float = 2e-4          # paper
+    # A tokenizer from scratch collapses to one point, where Eq. (7)'s code terms vanish; hence these two.
+    tokenizer_warm: float = 0.0         # ours: fraction of the steps in which D reads E(X) unquantized
+    tokenizer_revive: int = 0           # ours: steps after which an unused code is moved; 0: never
 
     @property
     def grid(self):
         return self.size // 32
-
-    @property
-    def target_weight(self):
-        """The factor on Eq. (7)'s first term, L_TOKEN or what stands in its place (4.3)."""
-        return self.word_weight if self.tokenizer_target == "words" else self.pixel_weight
 
     @classmethod
     def paper(cls):
@@ -155,45 +142,46 @@ class Config:
 
     @classmethod
     def toy(cls):
-        """The same method, sized so both stages learn the synthetic clips in minutes on two CPU cores."""
+        """The same method at sizes with which both stages learn the synthetic set in minutes on two cores."""
         return cls(preset="toy", size=64, depths=(1, 1, 3, 1), dims=(16, 32, 64, 128), kernels=(3, 5, 5, 3),
-                   scales=(2, 2, 2, 2), xca_heads=4, layer_scale=1.0, vocab_rows=1024, words=1024,
+                   scales=(2, 2, 2, 2), xca_heads=4, layer_scale=1.0, vocab_rows=1024, vocab_size=1024,
                    positions=64, text_width=64, text_layers=2, text_heads=4, max_words=24, width=128,
                    decoder_layers=2, decoder_heads=4, decoder_pre_norm=True, dropout=0.0, codes=64,
                    code_dim=16, vit_width=96, vit_layers=3, vit_heads=4, tokenizer_width=96,
                    tokenizer_layers=2, tokenizer_heads=4, tokenizer_warm=0.4, tokenizer_revive=20,
-                   word_weight=30.0, augment=False, batch_size=32, epochs=6, lr=1.5e-3, video_lr=0.1,
-                   mask_ratio=0.25, tokenizer_epochs=2, tokenizer_batch_size=32, tokenizer_lr=1e-3,
-                   swin_dim=16, swin_depths=(1, 2, 2, 1), swin_heads=(1, 2, 4, 8), swin_window=(4, 4, 4))
+                   word_weight=30.0, augment=False, batch_size=32, epochs=6, lr=1.5e-3, mask_ratio=0.25,
+                   tokenizer_epochs=2, tokenizer_batch_size=32, tokenizer_lr=1e-3, swin_dim=16,
+                   swin_depths=(1, 2, 2, 1), swin_heads=(1, 2, 4, 8), swin_window=(4, 4, 4))
 
 
-# ---------------------------------------------------------------------------------------------- Video encoder
+# ------------------------------------------------------------------------------------------ 3.1 Video encoder
 
 
 class CrossCovarianceAttention(nn.Module):
-    """XCA: attention between channels, not cells: its cost grows linearly with cells. (N, cells, C) -> same.
+    """XCA: attention between channels, so that its cost grows linearly with patches. (N, patches, C) -> same.
 
     Ali et al., "XCiT", 2021: softmax(K^ Q^T / tau) over C/heads x C/heads, keys and queries l2-normalised
-    over cells. As in its release: Q^ K^T here, times a temperature that is learned.
+    over patches. As in its release, this is Q^ K^T times a learned temperature.
     """
 
     def __init__(self, dim, heads):
         super().__init__()
+        assert dim % heads == 0, f"xca_heads, {heads}, must divide the {dim} channels of a stage"
         self.heads = heads
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))    # the release multiplies by it
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        N, cells, C = x.shape
-        # q, k, v: (N, h, c, cells)
-        q, k, v = self.qkv(x).view(N, cells, 3, self.heads, C // self.heads).permute(2, 0, 3, 4, 1)
+        N, patches, C = x.shape
+        qkv = self.qkv(x).view(N, patches, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 4, 1)                                            # (N, h, c, patches)
         attention = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
-        return self.proj((attention.softmax(-1) @ v).permute(0, 3, 1, 2).reshape(N, cells, C))
+        return self.proj((attention.softmax(-1) @ v).permute(0, 3, 1, 2).reshape(N, patches, C))
 
 
 class FourierPositions(nn.Module):
-    """Sines of a cell's row and column, projected to `dim` channels: (H, W) -> (1, dim, H, W)."""
+    """Sines of a patch's row and column, projected to `dim` channels: (H, W) -> (1, dim, H, W)."""
 
     def __init__(self, dim, waves=32):
         super().__init__()
@@ -207,13 +195,13 @@ class FourierPositions(nn.Module):
         rows, columns = (2 * math.pi * torch.arange(1, n + 1, device=weight.device)[:, None] / (n + 1e-6)
                          / period for n in (H, W))
         rows, columns = (torch.where(steps % 2 == 0, angle.sin(), angle.cos()) for angle in (rows, columns))
-        # (H, W, 2 waves)
-        sines = torch.cat([rows[:, None].expand(H, W, -1), columns[None].expand(H, W, -1)], -1)
-        return self.token_projection(sines.permute(2, 0, 1)[None].to(weight.dtype))
+        rows, columns = rows[:, None].expand(H, W, -1), columns[None].expand(H, W, -1)
+        sines = torch.cat([rows, columns], -1).to(weight.dtype)                             # (H, W, 2 waves)
+        return self.token_projection(sines.permute(2, 0, 1)[None])
 
 
 class ConvEncoder(nn.Module):
-    """EdgeNeXt's convolutional block: depth-wise convolution, two linear layers a cell. (N, C, H, W)."""
+    """EdgeNeXt's convolutional block: depth-wise convolution, two linear layers a patch. (N, C, H, W)."""
 
     def __init__(self, dim, kernel, layer_scale):
         super().__init__()
@@ -224,7 +212,7 @@ class ConvEncoder(nn.Module):
         self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
 
     def forward(self, x):
-        # Maps are kept channels-last in memory: permutes are views, and no layer copies (tests/benchmark.py).
+        # Maps are channels-last in memory, so that a permute is a view and no layer copies.
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))                                   # (N, H, W, C)
         y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
         return x + y.permute(0, 3, 1, 2)
@@ -259,14 +247,14 @@ class SDTAEncoder(nn.Module):
         y = self.cascade(x)
         if self.pos_embd is not None:
             y = y + self.pos_embd(H, W)
-        y = y.permute(0, 2, 3, 1).reshape(N, H * W, C)                                      # (N, cells, C)
+        y = y.permute(0, 2, 3, 1).reshape(N, H * W, C)                                      # (N, patches, C)
         y = y + self.gamma_xca * self.xca(self.norm_xca(y))
         y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(self.norm(y))))
         return x + y.view(N, H, W, C).permute(0, 3, 1, 2)
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each cell of a map. (N, C, H, W) -> the same."""
+    """LayerNorm over the channels of each patch. (N, C, H, W) -> the same."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -275,8 +263,9 @@ class ChannelNorm(nn.LayerNorm):
 class EdgeNeXt(nn.Module):
     """ENC_V of Eq. (1): EdgeNeXt (Maaz et al., 2022). (N, 3, H, W), normalised -> (N, dims[-1], H/32, W/32).
 
-    Parameters are named and shaped as in the authors' release, without its head; the release pools before the
-    final norm, here it is applied at each cell, since the decoder reads the grid.
+    Parameters are named and shaped as in the authors' release, without its head. The release pools before its
+    final norm; here the norm applies to each patch, since the decoder reads the grid. The release's drop-path
+    is left out.
     """
 
     def __init__(self, depths=(3, 3, 9, 3), dims=(48, 96, 160, 304), kernels=(3, 5, 7, 9),
@@ -290,7 +279,7 @@ class EdgeNeXt(nn.Module):
                 self.downsample_layers.append(nn.Sequential(ChannelNorm(dims[i - 1], eps=1e-6),
                                                             nn.Conv2d(dims[i - 1], dim, 2, stride=2)))
             blocks = [ConvEncoder(dim, kernels[i], layer_scale) for _ in range(depth)]
-            if i > 0:                   # one SDTA block, last in stages 2 to 4; positions are told in stage 2
+            if i > 0:                   # one SDTA block, last in stages 2 to 4; positions in stage 2 alone
                 blocks[-1] = SDTAEncoder(dim, scales[i], heads, layer_scale, positions=i == 1)
             self.stages.append(nn.Sequential(*blocks))
         self.norm = ChannelNorm(dims[-1], eps=1e-6)
@@ -301,40 +290,11 @@ class EdgeNeXt(nn.Module):
             x = stage(downsample(x))
         return self.norm(x)
 
-    def start(self, frames):
-        """Sets the norms for weights that start from nothing: frames (B, T, 3, H, W) in [0, 1]."""
-        start_centred(self, normalise(frames, *IMAGENET).flatten(0, 1))
 
-
-def edgenext(config):
-    """The video encoder of a Config's sizes."""
-    c = config
-    return EdgeNeXt(c.depths, c.dims, c.kernels, c.scales, c.xca_heads, c.layer_scale)
-
-
-class PictureTags(nn.Module):
-    """EdgeNeXt as an image classifier: the average of its cells, a linear layer for each kind of tag.
-
-    frames (B, T, 3, H, W) in [0, 1] -> logits (B, n) of each kind, with n tags of that kind. It stands where
-    ImageNet stands for the published EdgeNeXt; beside `video_encoder` nothing of it is kept.
-    """
-
-    def __init__(self, config, tags):
-        super().__init__()
-        self.video_encoder = edgenext(config)
-        self.heads = nn.ModuleList(nn.Linear(config.dims[-1], n) for n in tags)
-        self.apply(initialise)
-
-    def forward(self, frames):
-        maps = self.video_encoder(normalise(frames, *IMAGENET).flatten(0, 1))               # (B*T, C, g, g)
-        average = maps.mean((2, 3)).unflatten(0, frames.shape[:2]).mean(1)                  # (B, C)
-        return [head(average) for head in self.heads]
-
-
-# ------------------------------------------------------------------------------------------- Language encoder
+# --------------------------------------------------------------------------------------- 3.1 Language encoder
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-PAD, UNK, CLS, SEP, MASK = range(5)     # a vocabulary that this file makes begins with these, in this order
+PAD, UNK, CLS, SEP, MASK = range(5)     # every vocabulary made here begins with these, in this order
 
 
 class WordPiece:
@@ -384,12 +344,20 @@ class WordPiece:
         ids = [self.index[piece] for word in self.split(text) for piece in self.pieces(word)]
         return [self.index["[CLS]"], *ids[:max_len - 2], self.index["[SEP]"]]
 
-    def add_words(self, texts, size):
-        """A vocabulary of at most `size` with the words of `texts` that this one cannot spell, at its end."""
+    def unknown(self, texts):
+        """How often each word occurs in `texts` that the vocabulary cannot spell: {word: count}."""
         words = Counter(word for text in texts for word in self.split(text))
-        unknown = [word for word in words if self.pieces(word) == ["[UNK]"]]
-        unknown.sort(key=lambda word: (-words[word], word))
-        return WordPiece(self.vocab + unknown[:max(0, size - len(self))])
+        return {word: count for word, count in words.items() if self.pieces(word) == ["[UNK]"]}
+
+    def add_words(self, texts, size):
+        """This vocabulary, and after it the unknown words of `texts`, up to `size` entries."""
+        unknown = self.unknown(texts)
+        added = sorted(unknown, key=lambda word: (-unknown[word], word))
+        return WordPiece(self.vocab + added[:max(0, size - len(self))])
+
+    def encode_batch(self, texts, max_len):
+        """-> ids (B, L), mask (B, L); L is the longest of the texts, at most `max_len`."""
+        return pad([self.encode(text, max_len) for text in texts])
 
     @classmethod
     def from_captions(cls, captions, size=None):
@@ -401,7 +369,7 @@ class WordPiece:
     def keep_frequent(self, captions, share=0.30):
         """The paper's truncation (4.1): exactly round(share * len) entries, the most frequent pieces.
 
-        Special tokens come first; ties and words that do not occur keep order; `[unused...]` never stays.
+        Special tokens come first; ties and words that do not occur keep their order; `[unused...]` goes.
         """
         words = Counter(word for caption in captions for word in self.split(caption))
         counts = Counter()
@@ -411,6 +379,14 @@ class WordPiece:
         rest = [w for w in self.vocab if w not in SPECIAL and not w.startswith("[unused")]
         rest.sort(key=lambda word: -counts[word])                          # stable: ties keep their order
         return WordPiece((SPECIAL + rest)[:round(share * len(self.vocab))])
+
+
+def pad(rows):
+    """Lists of ids -> ids (B, L), mask (B, L)."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for padded, row in zip(ids, rows):
+        padded[:len(row)] = torch.tensor(row)
+    return ids, ids != PAD
 
 
 def quick_gelu(x):
@@ -426,6 +402,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width, heads, pre_norm=False, activation=F.gelu, eps=1e-12, dropout=0.0):
         super().__init__()
+        assert width % heads == 0, f"{heads} heads must divide a width of {width}"
         self.heads, self.pre_norm, self.activation, self.dropout = heads, pre_norm, activation, dropout
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width)
@@ -439,8 +416,8 @@ class TransformerBlock(nn.Module):
 
     def attend(self, x, mask):
         B, L, C = x.shape
-        # q, k, v: (B, h, L, c)
-        q, k, v = self.qkv(x).view(B, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(B, L, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                # (B, h, L, c)
         y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.drop(self.proj(y.transpose(1, 2).reshape(B, L, C)))
 
@@ -484,15 +461,14 @@ class TextEmbedding(nn.Module):
         return self.dropout(self.norm(x))
 
 
-# ----------------------------------------------------------------------------------------------------- E-ViLM
+# ---------------------------------------------------------------------------- 3.1 Multi-modal decoder, E-ViLM
 
 
 def space_time_sines(T, g, width, device=None):
-    """Fixed sines that tell a cell its frame, row and column: (T*g*g, width), in the cells' order.
+    """Fixed sines of a patch's frame, row and column: (T*g*g, width), of length sqrt(width / 2) each.
 
-    The paper names no positions for e^V and Table 8 has no parameters for them; without any, a clip that
-    moves left and one that moves right would be the same set of cells to the decoder. Their length is
-    sqrt(width / 2).
+    Ours: the paper names no positions for e^V and Table 8 has no parameters for them. Without any, clips that
+    move left and right would be the same set of patches to the decoder.
     """
     waves = width // 6                                                  # sine and cosine for each of t, y, x
     frequency = 100.0 ** (-torch.arange(waves, device=device) / waves)  # positions stay below 100
@@ -502,22 +478,25 @@ def space_time_sines(T, g, width, device=None):
     return F.pad(sines, (0, width - sines.shape[1]))
 
 
-# Mean and deviation of the pixels that the encoders were trained on.
+# Mean and deviation of the pixels that the published encoders were trained on.
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalise(frames, mean, deviation):
+class Normalise(nn.Module):
     """(..., 3, H, W) in [0, 1] -> the scale that an encoder was trained on."""
-    mean, deviation = (torch.tensor(c, device=frames.device).view(3, 1, 1) for c in (mean, deviation))
-    return (frames - mean) / deviation
+
+    def __init__(self, mean, deviation):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
+
+    def forward(self, frames):
+        return (frames - self.mean) / self.deviation
 
 
 def initialise(module):
-    """Linear weights of size 1 / sqrt(inputs), so signals keep theirs at any width; embeddings 0.02 (BERT).
-
-    The paper does not say how weights start where none are loaded.
-    """
+    """Linear weights of size 1 / sqrt(inputs), embeddings of 0.02 (BERT's). Ours: the paper does not say."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
         if module.bias is not None:
@@ -527,44 +506,45 @@ def initialise(module):
 
 
 @torch.no_grad()
-def start_centred(network, *inputs):
-    """A start from nothing, on real inputs: over them each norm then gives all channels mean 0, deviation 1.
+def start_centred(encoder, frames):
+    """Scales an encoder's norms so that on `frames` each channel leaves them with mean 0 and deviation 1.
 
-    Not in the paper, whose tokenizers start from CLIP's and Kinetics' weights; of EdgeNeXt, published with
-    ImageNet's, it does not say. A norm over channels leaves what all cells share, their brightness above all,
-    and at random weights the later layers see little else:
-    on the synthetic set the toy encoder then learns colours at once and shapes hardly. After Mishkin and
-    Matas, "All you need is a good init", 2016.
+    Ours, for an encoder from scratch: at random weights all patches of a clip look alike to the later layers,
+    and colours are learned long before shapes. After Mishkin and Matas, "All you need is a good init", 2016.
     """
     def centre(norm, _, output):
-        channels_last = output.movedim(1, -1) if isinstance(norm, ChannelNorm) else output
-        values = channels_last.flatten(0, -2)
-        mean, deviation = values.mean(0), values.std(0) + 1e-3
+        channels = 1 if isinstance(norm, ChannelNorm) else -1
+        values = output.movedim(channels, -1)
+        mean, deviation = values.flatten(0, -2).mean(0), values.flatten(0, -2).std(0) + 1e-3
         norm.weight /= deviation
         norm.bias.copy_((norm.bias - mean) / deviation)
-        centred = (channels_last - mean) / deviation
-        return centred.movedim(-1, 1) if isinstance(norm, ChannelNorm) else centred
+        return ((values - mean) / deviation).movedim(-1, channels)
 
-    norms = [part for part in network.modules() if isinstance(part, nn.LayerNorm)]
+    norms = [part for part in encoder.modules() if isinstance(part, nn.LayerNorm)]
     hooks = [norm.register_forward_hook(centre) for norm in norms]
-    network(*inputs)
+    encoder(frames)
     for hook in hooks:
         hook.remove()
 
 
 def prediction_head(width, classes):
-    """HEAD of a masked word or cell, BERT's: (n, width) -> logits (n, classes)."""
+    """HEAD of a masked word or patch, BERT's: (n, width) -> logits (n, classes)."""
     return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, classes))
 
 
 class EViLM(nn.Module):
-    """The model of 3.1. Frames (B, T, 3, H, W) in [0, 1] and ids (B, L) go in; see `forward` for the rest."""
+    """The model of 3.1: frames (B, T, 3, H, W) in [0, 1] and a caption's ids (B, L) go in; see `forward`."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.vocab = None           # the rows' words, where a published vocabulary is to be followed
-        self.video_encoder = edgenext(c)
+        assert c.size % 32 == 0, f"size, {c.size}, must be a multiple of 32, a patch's pixels"
+        assert 3 <= c.max_words <= c.positions, f"max_words, {c.max_words}, must lie in 3 to positions"
+        fractions = c.mask_ratio, c.word_ratio, c.dropout, c.warmup, c.tokenizer_warm
+        assert all(0 <= fraction <= 1 for fraction in fractions), "ratios, dropout and warm-up lie in 0 to 1"
+        self.vocab = None           # the rows' words, which load_published follows
+        self.normalise = Normalise(*IMAGENET)
+        self.video_encoder = EdgeNeXt(c.depths, c.dims, c.kernels, c.scales, c.xca_heads, c.layer_scale)
         self.video_proj = nn.Linear(c.dims[-1], c.width)
         self.text_embedding = TextEmbedding(c.vocab_rows, c.positions, c.text_width, c.dropout)
         self.text_encoder = Transformer(c.text_layers, c.text_width, c.text_heads, dropout=c.dropout)
@@ -572,8 +552,7 @@ class EViLM(nn.Module):
         self.token_type = nn.Parameter(0.02 * torch.randn(3, c.width))      # e^CLS, t^L, t^V
         self.decoder = Transformer(c.decoder_layers, c.width, c.decoder_heads, pre_norm=c.decoder_pre_norm,
                                    dropout=c.dropout)
-        # Pre-norm blocks leave their sum unnormalised; post-norm ones do not, and Table 8 has no room for a
-        # norm here.
+        # Pre-norm blocks leave their sum unnormalised. Their norm's 768 would hide in Table 8's rounding.
         self.decoder_norm = nn.LayerNorm(c.width) if c.decoder_pre_norm else nn.Identity()
         self.pooler = nn.Sequential(nn.Linear(c.width, c.width), nn.Tanh())
         self.vtm_head = nn.Linear(c.width, 2)
@@ -582,36 +561,36 @@ class EViLM(nn.Module):
         self.apply(initialise)
 
     def encode_video(self, frames):
-        """Eq. (1): e^V. (B, T, 3, H, W) in [0, 1] -> (B, N, D), with the sines of time and place.
+        """Eq. (1): e^V, with the sines of time and place. (B, T, 3, H, W) in [0, 1] -> (B, N, D).
 
         The paper writes I_0 to I_T, which would be T + 1 frames; 4.1 has T = 4.
         """
         B, T = frames.shape[:2]
-        maps = self.video_encoder(normalise(frames, *IMAGENET).flatten(0, 1))               # (B*T, C, g, g)
-        cells = self.video_proj(maps.permute(0, 2, 3, 1).flatten(1, 2)).reshape(B, -1, self.config.width)
+        maps = self.video_encoder(self.normalise(frames).flatten(0, 1))                     # (B*T, C, g, g)
+        patches = self.video_proj(maps.permute(0, 2, 3, 1)).reshape(B, -1, self.config.width)   # (B, N, D)
         sines = space_time_sines(T, maps.shape[-1], self.config.width, frames.device)
-        return cells + self.config.video_positions * sines
+        return patches + self.config.video_positions * sines                                # Eq. (1)
 
     def encode_text(self, ids, mask):
         """Eq. (1): e^L. ids, mask (B, L) -> (B, L, D)."""
-        return self.text_proj(self.text_encoder(self.text_embedding(ids), mask))
+        return self.text_proj(self.text_encoder(self.text_embedding(ids), mask))            # Eq. (1)
 
     def fuse(self, video, text, mask):
         """Eq. (2): -> h^CLS (B, D), h^L (B, L, D), h^V (B, N, D).
 
         Either of video and text may be None (4.4: text alone, video alone); its h is then None. `mask` (B, L)
-        is the text's and is not looked at without text.
+        is the text's and is ignored without text.
         """
         e_cls, t_text, t_video = self.token_type
         B = len(video if text is None else text)
-        parts, seen = [e_cls.expand(B, 1, -1)], None
+        parts, visible = [e_cls.expand(B, 1, -1)], None
         if text is not None:
             parts.append(text + t_text)
             others = 1 + (0 if video is None else video.shape[1])
-            seen = torch.cat([mask.new_ones(B, 1), mask, mask.new_ones(B, others - 1)], 1)
+            visible = torch.cat([mask.new_ones(B, 1), mask, mask.new_ones(B, others - 1)], 1)
         if video is not None:
             parts.append(video + t_video)
-        h = self.decoder_norm(self.decoder(torch.cat(parts, 1), seen))
+        h = self.decoder_norm(self.decoder(torch.cat(parts, 1), visible))                   # Eq. (2)
         L = 0 if text is None else text.shape[1]
         return h[:, 0], None if text is None else h[:, 1:1 + L], None if video is None else h[:, 1 + L:]
 
@@ -620,13 +599,13 @@ class EViLM(nn.Module):
         logits = self.vtm_head(self.pooler(self.fuse(video, text, mask)[0])).float()
         return logits[:, 1] - logits[:, 0]
 
-    def forward(self, frames, ids, mask, words=None, cells=None, mismatched=None):
+    def forward(self, frames, ids, mask, masked_words=None, masked_patches=None, mismatched=None):
         """One masked pass for all objectives of Eq. (8); the paper does not say how many a step takes.
 
         frames (B, T, 3, H, W) and ids (B, L) have masked what is to be predicted; mask (B, L) is the text's.
-        `words` (B, L) and `cells` (B, N) are True where something was masked; `mismatched` is (ids, mask)
-        of one wrong caption a clip, of the same L. Returns (vtm (2B, 2): the matched pairs, then the
-        mismatched; mlm (words masked, K); mvm (cells masked, M)), None for each that was not asked for.
+        `masked_words` (B, L) and `masked_patches` (B, N) are True where something was masked; `mismatched` is
+        (ids, mask) of one wrong caption a clip, of the same L. Returns (vtm (2B, 2): the matched pairs, then
+        the mismatched; mlm (words masked, K); mvm (patches masked, M)), None for each that was not asked for.
         """
         B = len(frames)
         video = self.encode_video(frames)                                                   # once a clip
@@ -634,27 +613,33 @@ class EViLM(nn.Module):
             ids, mask = torch.cat([ids, mismatched[0]]), torch.cat([mask, mismatched[1]])
             video = torch.cat([video, video])
         h_cls, h_text, h_video = self.fuse(video, self.encode_text(ids, mask), mask)
-        vtm = None if mismatched is None else self.vtm_head(self.pooler(h_cls))
-        # The heads run on masked positions of the matched pairs alone; rows that no word uses are cut off.
-        mlm = None if words is None else self.mlm_head(h_text[:B][words])[:, :self.config.words]
-        mvm = None if cells is None else self.mvm_head(h_video[:B][cells])
+        vtm = mlm = mvm = None
+        if mismatched is not None:
+            vtm = self.vtm_head(self.pooler(h_cls))
+        # The heads run on masked positions of the matched pairs alone. A boolean index would wait for the GPU
+        # a second time in the backward pass; `nonzero` does so once.
+        if masked_words is not None:
+            h_masked = h_text[:B][masked_words.nonzero(as_tuple=True)]
+            mlm = self.mlm_head(h_masked)[:, :self.config.vocab_size]
+        if masked_patches is not None:
+            mvm = self.mvm_head(h_video[:B][masked_patches.nonzero(as_tuple=True)])
         return vtm, mlm, mvm
 
 
-# ---------------------------------------------------------------------------------------------------- Masking
+# --------------------------------------------------------------------------------- 3.2 Masked video modeling
 
 
 def block_mask(n, grid, ratio, generator):
     """Block-wise masking (4.1, after BEiT): bool (n, grid, grid), in each exactly round(ratio * grid^2) True.
 
-    Rectangles of log-uniform aspect within [0.3, 1/0.3] and of at least max(1, target // 5) cells are laid
+    Rectangles of log-uniform aspect within [0.3, 1/0.3] and of at least max(1, target // 5) patches are added
     until the count is reached; the last one is trimmed, from either end, to the exact count. The paper does
     not say whether frames share their blocks: here each frame has its own, at the full ratio.
     """
     target = round(ratio * grid * grid)
     smallest = max(1, target // 5)
-    masks = torch.zeros(n, grid * grid, dtype=torch.bool)
-    for mask in masks:
+    masked = torch.zeros(n, grid * grid, dtype=torch.bool)
+    for frame in masked:
         covered = set()
         while len(covered) < target:
             wanted = target - len(covered)
@@ -666,99 +651,49 @@ def block_mask(n, grid, ratio, generator):
                 continue
             top, left = int(y * (grid - height + 1)), int(x * (grid - width + 1))
             block = [r * grid + c for r in range(top, top + height) for c in range(left, left + width)]
-            block = block if end < 0.5 else block[::-1]     # or the cells above and to the left would gain
-            covered.update([cell for cell in block if cell not in covered][:wanted])
-        mask[list(covered)] = True
-    return masks.view(n, grid, grid)
+            block = block if end < 0.5 else block[::-1]     # trimming must not favour the upper left
+            covered.update([patch for patch in block if patch not in covered][:wanted])
+        frame[list(covered)] = True
+    return masked.view(n, grid, grid)
 
 
 def random_mask(n, grid, ratio, generator):
-    """What block-wise masking is compared with: as many cells, drawn one by one. Bool (n, grid, grid)."""
+    """As many patches, drawn one by one: what block-wise masking is compared with. Bool (n, grid, grid)."""
     order = torch.rand(n, grid * grid, generator=generator).argsort(1).argsort(1)
     return (order < round(ratio * grid * grid)).view(n, grid, grid)
 
 
-def mask_frames(frames, chosen):
-    """Zeros over the chosen cells (3.2), black before any normalisation. frames (B, T, 3, H, W) in [0, 1],
-    chosen (B, T, g, g) -> frames."""
-    scale = frames.shape[-1] // chosen.shape[-1]
-    pixels = chosen.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+def mask_frames(frames, masked):
+    """Zeros over the masked patches (3.2), black before any normalisation: frames (B, T, 3, H, W) in [0, 1],
+    masked (B, T, g, g) -> frames."""
+    patch = frames.shape[-1] // masked.shape[-1]
+    pixels = masked.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
     return frames.masked_fill(pixels[:, :, None], 0.0)
 
 
-def mask_words(ids, vocab_size, generator, ratio=0.15):
-    """BERT's masking of one caption (3.4; 15%: 4.1): ids (L,) -> (ids, chosen), both (L,).
+def mean_cross_entropy(logits, targets, count=None):
+    """The sum of -log softmax(logits)[targets] over n, divided by `count`, else by n: (n, classes), (n,).
 
-    Exactly max(1, round(ratio * n)) of its n words, none when n = 0: 80% become [MASK], 10% a random word,
-    10% stay. Special tokens (ids below 5) are never chosen and never drawn.
+    With the whole batch's `count`, the losses of its parts (processes, accumulation) add up to its loss.
     """
-    ids, words = ids.clone(), (ids > MASK).nonzero().flatten()
-    count = max(1, round(ratio * len(words))) if len(words) else 0
-    picked = words[torch.randperm(len(words), generator=generator)[:count]]
-    fate = torch.rand(count, generator=generator)
-    drawn = torch.randint(MASK + 1, vocab_size, (count,), generator=generator)
-    ids[picked] = torch.where(fate < 0.8, MASK, torch.where(fate < 0.9, drawn, ids[picked]))
-    chosen = torch.zeros(len(ids), dtype=torch.bool)
-    chosen[picked] = True
-    return ids, chosen
-
-
-# ----------------------------------------------------------------------------------------------------- Losses
-# Each is a sum over its count. `count` is given where a batch is cut over processes or accumulation steps:
-# the count of the whole batch, so that the parts' losses add up to the loss of the whole.
-
-
-def cross_entropy(logits, targets, count=None):
-    """The sum over i of -log softmax(logits[i])[targets[i]], over the count. (n, classes), (n,) -> scalar."""
     total = F.cross_entropy(logits.float(), targets, reduction="sum")
     return total / max(1, len(targets) if count is None else count)
 
 
 def mvm_loss(logits, targets, count=None):
-    """Eq. (3): the mean over N masked cells. logits (N, M), targets (N,) codes -> scalar.
+    """Eq. (3): the mean over N masked patches. logits (N, M), targets (N,) codes -> scalar.
 
     The paper's minus before a cross-entropy, which is already positive, is one too many.
     """
-    return cross_entropy(logits, targets, count)
+    return mean_cross_entropy(logits, targets, count)                                       # Eq. (3)
 
 
-def mlm_loss(logits, targets, count=None):
-    """L_MLM of Eq. (8): logits (n, K) of the masked words, targets (n,) their ids -> scalar."""
-    return cross_entropy(logits, targets, count)
-
-
-def vtm_loss(logits, targets, count=None):
-    """L_VTM of Eq. (8): logits (n, 2), targets (n,): 1 for a pair that matches, else 0 -> scalar."""
-    return cross_entropy(logits, targets, count)
-
-
-def vtm_targets(logits):
-    """Which pairs match: the first half of (2B, 2), as `EViLM.forward` orders them -> (2B,) of 1 and 0."""
-    return torch.arange(len(logits), device=logits.device).lt(len(logits) // 2).long()
-
-
-def focal_loss(logits, targets):
-    """Eq. (6), L_TOKEN: logits (B, K), targets (B, K) in {0, 1} -> scalar, averaged over K and over B.
-
-    The printed equation lacks its minus. The weight p of an absent word carries gradient, as printed.
-    """
-    there = -F.logsigmoid(logits)                                   # -log p
-    absent = -torch.sigmoid(logits) * F.logsigmoid(-logits)         # -p log(1 - p)
-    return torch.where(targets > 0, there, absent).mean()
-
-
-def rank_of_truth(scores, truth):
-    """Ranks of the right items, 1 best; ties count against the query. scores (Q, n), truth (Q,) -> (Q,)."""
-    right = scores.gather(1, truth[:, None])
-    return (scores >= right).sum(1)                                 # the right one itself is the 1
-
-
-# ----------------------------------------------------------------------------------------- Semantic tokenizer
+# -------------------------------------------------------------------------------- 3.3, 4.3 Video tokenizers
 
 
 class ViT(nn.Module):
-    """E of 3.3: CLIP's vision transformer. (N, 3, H, W), normalised -> (N, cells, width): the patch tokens
-    after the last block, CLS dropped."""
+    """E of 3.3: CLIP's vision transformer. (N, 3, H, W), normalised -> (N, patches, width): the patch
+    tokens after the last block, CLS dropped."""
 
     def __init__(self, size=256, patch=32, width=768, layers=12, heads=12):
         super().__init__()
@@ -769,13 +704,13 @@ class ViT(nn.Module):
         self.blocks = Transformer(layers, width, heads, pre_norm=True, activation=quick_gelu, eps=1e-5)
 
     def forward(self, x):
-        x = self.patch(x).flatten(2).transpose(1, 2)                                    # (N, cells, width)
+        x = self.patch(x).flatten(2).transpose(1, 2)                                    # (N, patches, width)
         x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1) + self.positions
         return self.blocks(self.norm(x))[:, 1:]
 
 
 def windows_of(x, window):
-    """A grid cut into windows: (B, T, H, W, C) -> (B, windows, cells of one, C)."""
+    """A grid in windows: (B, T, H, W, C) -> (B, windows, patches of one, C)."""
     B, T, H, W, C = x.shape
     t, h, w = window
     x = x.view(B, T // t, t, H // h, h, W // w, w, C).permute(0, 1, 3, 5, 2, 4, 6, 7)
@@ -783,24 +718,24 @@ def windows_of(x, window):
 
 
 def grid_of(x, window, sides):
-    """`windows_of` undone: (B, windows, cells of one, C) -> (B, T, H, W, C), `sides` being T, H, W."""
+    """The inverse of `windows_of`; sides = T, H, W: (B, windows, patches of one, C) -> (B, T, H, W, C)."""
     B, _, _, C = x.shape
     x = x.view(B, *(n // w for n, w in zip(sides, window)), *window, C).permute(0, 1, 4, 2, 5, 3, 6, 7)
     return x.reshape(B, *sides, C)
 
 
-def torn_apart(sides, window, shift, device):
-    """Pairs of a window's cells that were not neighbours before the shift: (windows, cells, cells)."""
+def shift_mask(sides, window, shift, device):
+    """True for pairs of a window's patches that the shift brought together: (windows, patches, patches)."""
     wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(sides, shift)]
     t, y, x = torch.meshgrid(*wrapped, indexing="ij")
-    region = windows_of((4 * t + 2 * y + x)[None, ..., None], window)[0, ..., 0]            # (windows, cells)
+    region = windows_of((4 * t + 2 * y + x)[None, ..., None], window)[0, ..., 0]        # (windows, patches)
     return region[:, :, None] != region[:, None]
 
 
 class WindowAttention(nn.Module):
     """Self-attention within windows, with a learned bias for each distance in time, rows and columns.
 
-    (B, windows, cells, C) -> the same; pairs of cells that are `apart` (windows, cells, cells) do not attend.
+    (B, windows, patches, C) -> the same; pairs in `hidden` (windows, patches, patches) do not attend.
     """
 
     def __init__(self, dim, heads, window):
@@ -808,20 +743,20 @@ class WindowAttention(nn.Module):
         self.heads = heads
         t, h, w = (2 * n - 1 for n in window)                       # distances from -(n - 1) to n - 1
         self.relative_position_bias_table = nn.Parameter(0.02 * torch.randn(t * h * w, heads))
-        places = torch.cartesian_prod(*map(torch.arange, window))                           # (cells, 3)
-        distances = places[:, None] - places + torch.tensor(window) - 1                 # (cells, cells, 3)
+        places = torch.cartesian_prod(*map(torch.arange, window))                           # (patches, 3)
+        distances = places[:, None] - places + torch.tensor(window) - 1             # (patches, patches, 3)
         self.register_buffer("relative_position_index",
                              (distances * torch.tensor([h * w, w, 1])).sum(-1), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, apart):
+    def forward(self, x, hidden):
         B, n, N, C = x.shape
         qkv = self.qkv(x).view(B, n, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)                               # (B, n*h, N, c)
-        # A window that was made smaller takes the biases of a whole one's first N cells, as the release does.
+        # A smaller window takes the biases of a whole window's first N patches, as in the release.
         bias = self.relative_position_bias_table[self.relative_position_index[:N, :N]]      # (N, N, h)
-        bias = bias.permute(2, 0, 1).masked_fill(apart[:, None], -math.inf)                 # (n, h, N, N)
+        bias = bias.permute(2, 0, 1).masked_fill(hidden[:, None], -math.inf)                 # (n, h, N, N)
         y = F.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1).to(q.dtype))
         return self.proj(y.view(B, n, self.heads, N, -1).transpose(2, 3).reshape(B, n, N, C))
 
@@ -845,16 +780,16 @@ class SwinBlock(nn.Module):
         window = [min(n, w) for n, w in zip((T, H, W), self.window)]
         shift = [s if n > w else 0 for n, w, s in zip((T, H, W), self.window, self.shift)]
         t, h, w = (-n % w for n, w in zip((T, H, W), window))
-        y = F.pad(self.norm1(x), (0, 0, 0, w, 0, h, 0, t))          # to whole windows, as the release does
+        y = F.pad(self.norm1(x), (0, 0, 0, w, 0, h, 0, t))          # to whole windows, as in the release
         sides = y.shape[1:4]
         y = windows_of(y.roll([-s for s in shift], (1, 2, 3)), window)
-        y = grid_of(self.attn(y, torn_apart(sides, window, shift, x.device)), window, sides)
+        y = grid_of(self.attn(y, shift_mask(sides, window, shift, x.device)), window, sides)
         x = x + y.roll(shift, (1, 2, 3))[:, :T, :H, :W]
         return x + self.mlp(self.norm2(x))
 
 
 class PatchMerging(nn.Module):
-    """2x2 cells become one, twice as wide: (B, T, H, W, C) -> (B, T, H/2, W/2, 2C)."""
+    """2x2 patches become one, twice as wide: (B, T, H, W, C) -> (B, T, H/2, W/2, 2C)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -863,7 +798,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x):
         B, T, H, W, C = x.shape
-        x = x.view(B, T, H // 2, 2, W // 2, 2, C).permute(0, 1, 2, 4, 5, 3, 6)      # the column counts first
+        x = x.view(B, T, H // 2, 2, W // 2, 2, C).permute(0, 1, 2, 4, 5, 3, 6)      # columns first
         return self.reduction(self.norm(x.reshape(B, T, H // 2, W // 2, 4 * C)))
 
 
@@ -871,8 +806,7 @@ class VideoSwin(nn.Module):
     """E of 4.3's other tokenizer: Video Swin (Liu et al., 2022), which sees all frames of a clip together.
     (B, T, 3, H, W), normalised -> (B, T, H/32, W/32, 8 dim).
 
-    Parameters are named and shaped as in the authors' release. Its stochastic depth is left out: the paper
-    does not speak of it.
+    Parameters are named and shaped as in the authors' release, whose stochastic depth is left out.
     """
 
     def __init__(self, dim=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=(8, 7, 7)):
@@ -890,7 +824,7 @@ class VideoSwin(nn.Module):
 
     def forward(self, x):
         # The release's patches are two frames long and its stride is 2: it pools in time, which 4.3 removes.
-        # With a stride of 1 and an empty frame after the last, each frame has its cells.
+        # With a stride of 1 and an empty frame after the last, each frame has patches of its own.
         x = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, 1))                                # (B, 3, T + 1, H, W)
         x = self.patch_embed["norm"](self.patch_embed["proj"](x).movedim(1, -1))       # (B, T, H/4, W/4, dim)
         return self.norm(self.layers(x))
@@ -900,57 +834,55 @@ class VectorQuantizer(nn.Module):
     """q of Eq. (4): nearest code of a learned codebook. (..., dim) -> quantized (..., dim), ids (...), loss.
 
     Both sides are l2-normalised, so unit vectors come out and the nearest code is the largest inner product.
-    `loss` is the last two terms of Eq. (7), squared norms averaged over cells; the paper gives them no
-    weights.
+    `loss` is the last two terms of Eq. (7), squared norms averaged over patches, without weights.
     """
 
     def __init__(self, codes, dim):
         super().__init__()
-        self.codebook = nn.Parameter(torch.randn(codes, dim))
+        self.codebook = nn.Parameter(torch.randn(codes, dim))       # "initialized randomly" (4.1)
 
     def forward(self, x):
         x = F.normalize(x.float(), dim=-1)
         codebook = F.normalize(self.codebook.float(), dim=-1)
-        device = x.device.type if x.device.type in ("cuda", "mps") else "cpu"
-        with torch.autocast(device, enabled=False):                 # in bf16 near codes would tie
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # in bf16 codes would tie
             ids = (x.detach() @ codebook.detach().t()).argmax(-1)                           # Eq. (4)
-        codes = F.embedding(ids, codebook)
-        loss = ((x.detach() - codes) ** 2).sum(-1).mean() + ((x - codes.detach()) ** 2).sum(-1).mean()
-        return x + (codes - x).detach(), ids, loss                  # straight-through gradient to E(X)
+        nearest = F.embedding(ids, codebook)
+        codebook_term = ((x.detach() - nearest) ** 2).sum(-1).mean()                        # Eq. (7), term 2
+        commitment_term = ((x - nearest.detach()) ** 2).sum(-1).mean()                      # Eq. (7), term 3
+        quantized = x + (nearest - x).detach()                      # straight-through gradient to E(X)
+        return quantized, ids, codebook_term + commitment_term
 
     @torch.no_grad()
-    def start(self, vectors, generator):
-        """The codebook starts at encoder outputs drawn at random: vectors (n, dim)."""
-        self.revive(torch.zeros(len(self.codebook), dtype=torch.bool), vectors, generator)
+    def move_codes(self, which, vectors, generator):
+        """Moves codes, which (M,) bool, onto encoder outputs (n, dim) that are drawn without replacement.
 
-    @torch.no_grad()
-    def revive(self, used, vectors, generator):
-        """Codes that no cell chose of late move to random encoder outputs: used (M,) bool, vectors (n, dim).
-
-        Not in the paper. A code that is never nearest gets no gradient from Eq. (7), so it would stay dead.
+        Ours. A code that is never nearest gets no gradient from Eq. (7), so it would stay unused.
         """
-        dead = (~used).nonzero().flatten()
-        drawn = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)
-        self.codebook[dead] = F.normalize(vectors[drawn].float(), dim=-1)
+        moved = which.nonzero().flatten()
+        drawn = torch.randperm(len(vectors), generator=generator)[:len(moved)].to(vectors.device)
+        self.codebook[moved[:len(drawn)]] = F.normalize(vectors[drawn].float(), dim=-1)
 
 
 class SemanticTokenizer(nn.Module):
     """The semantic vector-quantized tokenizer of 3.3: frames -> codes -> the words of the caption.
 
-    4.3 compares it with one whose E is VideoSwin, and with DALL-E's dVAE, for which a tokenizer of pixels
-    stands here: E and codebook are the same, and D draws each frame from its codes. It is a plain
-    vector-quantized autoencoder; DALL-E's is convolutional, samples its codes by Gumbel softmax under a
-    uniform prior on them, and its likelihood is no squared error.
+    4.3 compares it with one whose E is VideoSwin, and with DALL-E's dVAE, in whose place stands a tokenizer
+    of pixels: with the same E and codebook, D draws each frame from its codes. It is a plain vector-quantized
+    autoencoder; DALL-E's is convolutional and samples its codes by Gumbel softmax.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        assert c.size % 32 == 0, f"size, {c.size}, must be a multiple of 32, a patch's pixels"
         self.sees_neighbours = c.tokenizer_encoder == "videoswin"   # a frame's codes depend on other frames
-        self.encoder = (VideoSwin(c.swin_dim, c.swin_depths, c.swin_heads, c.swin_window)
-                        if self.sees_neighbours else
-                        ViT(c.size, 32, c.vit_width, c.vit_layers, c.vit_heads))
-        self.proj = nn.Linear(8 * c.swin_dim if self.sees_neighbours else c.vit_width, c.code_dim)
+        if self.sees_neighbours:
+            self.normalise, width = Normalise(*IMAGENET), 8 * c.swin_dim
+            self.encoder = VideoSwin(c.swin_dim, c.swin_depths, c.swin_heads, c.swin_window)
+        else:
+            self.normalise, width = Normalise(*CLIP), c.vit_width
+            self.encoder = ViT(c.size, 32, c.vit_width, c.vit_layers, c.vit_heads)
+        self.proj = nn.Linear(width, c.code_dim)
         self.quantizer = VectorQuantizer(c.codes, c.code_dim)
         self.expand = nn.Linear(c.code_dim, c.tokenizer_width)
         self.decoder = Transformer(c.tokenizer_layers, c.tokenizer_width, c.tokenizer_heads)
@@ -958,61 +890,55 @@ class SemanticTokenizer(nn.Module):
         self.head = nn.Linear(c.tokenizer_width, c.vocab_rows - len(SPECIAL) if of_words else 3 * 32 * 32)
         for part in (self.encoder, self.proj, self.decoder, self.head):
             part.apply(initialise)
-        nn.init.normal_(self.expand.weight)         # unit vectors come in: this makes each number of size 1
+        nn.init.normal_(self.expand.weight)         # from unit vectors to numbers of size 1
         # Words are rare, as in Lin et al. (the focal loss). Pixels begin grey, or noise is unlearned first.
         nn.init.constant_(self.head.bias, -3.0 if of_words else 0.5)
         if not of_words:
             nn.init.normal_(self.head.weight, std=0.02)
 
-    def start(self, frames):
-        """Sets VideoSwin's norms for weights that start from nothing, or its codes would for long show little
-        but the background: frames (B, T, 3, H, W). The ViT learns without."""
-        start_centred(self.encoder, normalise(frames, *IMAGENET))
-
     def embed(self, frames):
         """E(X): (B, T, 3, H, W) in [0, 1] -> (B, T, g, g, code_dim)."""
+        B, T, g = *frames.shape[:2], self.config.grid
+        frames = self.normalise(frames)
         if self.sees_neighbours:
-            return self.proj(self.encoder(normalise(frames, *IMAGENET)))
-        B, T = frames.shape[:2]
-        cells = self.proj(self.encoder(normalise(frames, *CLIP).flatten(0, 1)))
-        g = math.isqrt(cells.shape[1])
-        return cells.view(B, T, g, g, -1)
+            return self.proj(self.encoder(frames))
+        return self.proj(self.encoder(frames.flatten(0, 1))).view(B, T, g, g, -1)
 
     def decode(self, quantized):
-        """D on codes and their time and place: (B, T, g, g, code_dim) -> (B, N, width)."""
+        """D on codes with their time and place: (B, T, g, g, code_dim) -> (B, N, width)."""
         T, g = quantized.shape[1:3]
-        cells = self.expand(quantized).flatten(1, 3)
-        return self.decoder(cells + space_time_sines(T, g, cells.shape[-1], cells.device))
+        x = self.expand(quantized).flatten(1, 3)
+        return self.decoder(x + space_time_sines(T, g, x.shape[-1], x.device))
 
     def read_words(self, quantized):
         """Eq. (5): the words' logits from the averaged output of D. (B, T, g, g, code_dim) -> (B, K).
 
-        D sees all codes of the clip with their time and place, or "left" and "right" could not be told apart.
+        D sees all codes of the clip with their time and place, or "left" and "right" would be the same to it.
         """
-        return self.head(self.decode(quantized).mean(1))[:, :self.config.words - len(SPECIAL)]
+        words = self.config.vocab_size - len(SPECIAL)
+        return self.head(self.decode(quantized).mean(1))[:, :words]                         # Eq. (5)
 
     def draw_pixels(self, quantized):
         """Each frame from its own codes, as an image's tokenizer does: (B, T, g, g, code_dim) -> frames."""
         B, T, g = quantized.shape[:3]
-        cells = self.head(self.decode(quantized.flatten(0, 1)[:, None])).view(B, T, g, g, 3, 32, 32)
-        return cells.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, T, 3, 32 * g, 32 * g)
+        patches = self.head(self.decode(quantized.flatten(0, 1)[:, None])).view(B, T, g, g, 3, 32, 32)
+        return patches.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, T, 3, 32 * g, 32 * g)
+
+    def reconstruct(self, quantized):
+        """The target, read from codes: words' logits (B, K), or frames (B, T, 3, H, W)."""
+        of_words = self.config.tokenizer_target == "words"
+        return self.read_words(quantized) if of_words else self.draw_pixels(quantized)
 
     def forward(self, frames, quantize=True):
         """-> what D reads from the codes, ids (B, T, g, g), the codebook and commitment terms of Eq. (7).
 
-        D reads words' logits (B, K), or frames (B, T, 3, H, W) where pixels are the target. Without
-        `quantize` it reads E(X) itself, l2-normalised, and the terms count nothing.
+        Without `quantize` D reads E(X) itself, l2-normalised, and the terms are 0.
         """
         embedded = self.embed(frames)
-        quantized, ids, loss = self.quantizer(embedded)
+        quantized, ids, code_loss = self.quantizer(embedded)
         if not quantize:
-            quantized, loss = F.normalize(embedded, dim=-1), 0.0 * loss
-        return self.reconstruct(quantized), ids, loss
-
-    def reconstruct(self, quantized):
-        """The target, read from codes: words' logits or pixels."""
-        of_words = self.config.tokenizer_target == "words"
-        return self.read_words(quantized) if of_words else self.draw_pixels(quantized)
+            quantized, code_loss = F.normalize(embedded, dim=-1), 0.0 * code_loss
+        return self.reconstruct(quantized), ids, code_loss
 
     @torch.no_grad()
     def tokenize(self, frames):
@@ -1020,18 +946,102 @@ class SemanticTokenizer(nn.Module):
         return self.quantizer(self.embed(frames))[1]
 
 
-def words_present(ids, mask, words):
-    """y^S of Eq. (6): a caption's words. ids, mask (B, L) -> float (B, words - 5), without special tokens."""
-    present = torch.zeros(len(ids), words, device=ids.device)
+def words_present(ids, mask, vocab_size):
+    """y^S of Eq. (6): which words a caption has. ids, mask (B, L) -> float (B, K), without special tokens."""
+    present = torch.zeros(len(ids), vocab_size, device=ids.device)
     present.scatter_(1, ids * mask, 1.0)                            # padding falls on [PAD], which is cut off
     return present[:, len(SPECIAL):]
 
 
-# ------------------------------------------------------------------------------------------- Downstream heads
+def focal_loss(logits, targets):
+    """Eq. (6), L_TOKEN: logits (B, K), targets (B, K) in {0, 1} -> scalar, averaged over K and over B.
+
+    The printed equation lacks its minus. The weight p of an absent word carries gradient, as printed.
+    """
+    present = -F.logsigmoid(logits)                                 # -log p
+    absent = -torch.sigmoid(logits) * F.logsigmoid(-logits)         # -p log(1 - p)
+    return torch.where(targets > 0, present, absent).mean()                                 # Eq. (6)
 
 
-def without(model, *parts):
-    """The model, its unused parts frozen: DistributedDataParallel would wait for their gradients."""
+def svq_loss(word_logits, words, code_loss, word_weight=1.0):
+    """Eq. (7), L_SVQ -> (loss, {"token": L_TOKEN, "codes": the two code terms}).
+
+    word_logits, words (B, K) as in Eq. (6); code_loss is `VectorQuantizer`'s. 3.4 names "L_SVQ and L_TOKEN";
+    since L_SVQ contains L_TOKEN, it counts once. word_weight is ours: Eq. (6)'s 1/K makes its term small.
+    """
+    token = focal_loss(word_logits.float(), words)
+    return word_weight * token + code_loss, {"token": token, "codes": code_loss}            # Eq. (7)
+
+
+# --------------------------------------------------------------------------- 3.4 Video-language pre-training
+
+
+def mask_words(ids, vocab_size, generator, ratio=0.15):
+    """BERT's masking of one caption (3.4; 15%: 4.1): ids (L,) -> (ids, masked), both (L,).
+
+    Exactly max(1, round(ratio * n)) of its n words, none when n = 0: 80% become [MASK], 10% a random word,
+    10% stay. Special tokens (ids below 5) are never masked and never drawn.
+    """
+    ids, words = ids.clone(), (ids > MASK).nonzero().flatten()
+    count = max(1, round(ratio * len(words))) if len(words) else 0
+    picked = words[torch.randperm(len(words), generator=generator)[:count]]
+    chance = torch.rand(count, generator=generator)
+    drawn = torch.randint(MASK + 1, vocab_size, (count,), generator=generator)
+    ids[picked] = torch.where(chance < 0.8, MASK, torch.where(chance < 0.9, drawn, ids[picked]))
+    masked = torch.zeros(len(ids), dtype=torch.bool)
+    masked[picked] = True
+    return ids, masked
+
+
+def mlm_loss(logits, targets, count=None):
+    """L_MLM of Eq. (8): logits (n, K) of the masked words, targets (n,) their ids -> scalar."""
+    return mean_cross_entropy(logits, targets, count)
+
+
+def vtm_loss(logits, targets, count=None):
+    """L_VTM of Eq. (8): logits (n, 2), targets (n,): 1 for a pair that matches, else 0 -> scalar."""
+    return mean_cross_entropy(logits, targets, count)
+
+
+def vtm_targets(logits):
+    """Which pairs match: the first half of (2B, 2), as `EViLM.forward` orders them -> (2B,) of 1 and 0."""
+    return torch.arange(len(logits), device=logits.device).lt(len(logits) // 2).long()
+
+
+def pretraining_loss(model, batch, objectives=("vtm", "mlm", "mvm"), mvm_weight=1.0, counts=None):
+    """Eq. (8), L = L_MLM + L_VTM + L_MVM, from one masked pass -> (loss, {objective: its loss}).
+
+    batch: `frames` (B, T, 3, H, W) in [0, 1], unmasked; the captions' `ids`, `masked_ids`, `mask` and
+    `masked_words` (B, L), the mismatched captions' `mismatched_ids` and `mismatched_mask` (B, L);
+    `masked_patches` and their `labels`, codes, (B, T, g, g). An objective that is off needs none of its own.
+    `counts` {objective: count} are the whole batch's where `batch` is a part of it.
+    """
+    counts, frames, masked_words, masked_patches, mismatched = counts or {}, batch["frames"], None, None, None
+    if "mlm" in objectives:
+        masked_words = batch["masked_words"]
+    if "mvm" in objectives:
+        masked_patches = batch["masked_patches"]
+        frames = mask_frames(frames, masked_patches)
+    if "vtm" in objectives:
+        mismatched = batch["mismatched_ids"], batch["mismatched_mask"]
+    patches = None if masked_patches is None else masked_patches.flatten(1)                 # (B, N)
+    vtm, mlm, mvm = model(frames, batch["masked_ids"], batch["mask"], masked_words, patches, mismatched)
+    losses = {}
+    if mlm is not None:
+        losses["mlm"] = mlm_loss(mlm, batch["ids"][masked_words], counts.get("mlm"))
+    if vtm is not None:
+        losses["vtm"] = vtm_loss(vtm, vtm_targets(vtm), counts.get("vtm"))
+    if mvm is not None:
+        losses["mvm"] = mvm_loss(mvm, batch["labels"][masked_patches], counts.get("mvm"))
+    weights = {"mlm": 1.0, "vtm": 1.0, "mvm": mvm_weight}
+    return sum(weights[name] * loss for name, loss in losses.items()), losses               # Eq. (8)
+
+
+# --------------------------------------------------------------------------- 4 Downstream heads and scoring
+
+
+def freeze(model, *parts):
+    """The model with some parts frozen: DistributedDataParallel would wait for their gradients."""
     for part in parts:
         getattr(model, part).requires_grad_(False)
     return model
@@ -1042,15 +1052,12 @@ class Choice(nn.Module):
 
     frames (B, T, 3, H, W), ids and mask (B, O, L): O texts a clip -> logits (B, O * outputs). A question has
     one text and an output an answer; multiple choice has a text an option and one output. Without frames
-    (None) only the texts are seen: the question-only model.
-
-    With `fills_in` the head of MLM stays: `forward` then also takes (ids, mask, hidden), each (B, L), of the
-    right option with its words hidden, and gives these words' logits (n, K). The paper has no such loss here.
+    (None) only the texts are seen: the question-only baseline.
     """
 
-    def __init__(self, model, outputs, fills_in=False):
+    def __init__(self, model, outputs):
         super().__init__()
-        self.model = without(model, "vtm_head", "mvm_head", *["mlm_head"] * (not fills_in))
+        self.model = freeze(model, "vtm_head", "mlm_head", "mvm_head")
         # A bias that all options share would change no softmax.
         self.head = nn.Linear(model.config.width, outputs, bias=outputs > 1)
         initialise(self.head)
@@ -1058,32 +1065,27 @@ class Choice(nn.Module):
             matched = model.vtm_head.weight.detach()
             self.head.weight.data.copy_(matched[1:] - matched[:1])
 
-    def forward(self, frames, ids, mask, right=None):
-        video = None if frames is None else self.model.encode_video(frames)                 # once a clip
-        logits = None if ids is None else self.compare(video, ids, mask)
-        if right is None:
-            return logits
-        ids, mask, hidden = right
-        h_text = self.model.fuse(video, self.model.encode_text(ids, mask), mask)[1]
-        return logits, self.model.mlm_head(h_text[hidden])[:, :self.model.config.words]
-
-    def compare(self, video, ids, mask):
+    def forward(self, frames, ids, mask):
         B, O, _ = ids.shape
         ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)
-        video = None if video is None else video.repeat_interleave(O, 0)
+        video = None
+        if frames is not None:
+            video = self.model.encode_video(frames).repeat_interleave(O, 0)                 # once a clip
         h_cls = self.model.fuse(video, self.model.encode_text(ids, mask), mask)[0]
         return self.head(self.model.pooler(h_cls)).view(B, -1)
 
 
 class FastRetrieval(nn.Module):
-    """Fast retrieval (4.4): text alone and video alone go through the decoder, and their pooled h^CLS are
-    compared by cosine. -> unit vectors (B, D) of frames (B, T, 3, H, W) and of ids, mask (B, L), and what the
-    cosines are multiplied by in `contrastive_loss`. The paper names neither loss nor temperature; both are
-    CLIP's."""
+    """Fast retrieval (4.4): text alone and video alone go through the decoder; their pooled h^CLS are
+    compared by cosine.
+
+    -> unit vectors (B, D) of frames (B, T, 3, H, W) and of ids, mask (B, L), and the factor on the cosines in
+    `contrastive_loss`. The paper names neither loss nor temperature; both are CLIP's.
+    """
 
     def __init__(self, model):
         super().__init__()
-        self.model = without(model, "vtm_head", "mlm_head", "mvm_head")
+        self.model = freeze(model, "vtm_head", "mlm_head", "mvm_head")
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))     # 1 / temperature, CLIP's start
 
     def embed_video(self, frames):
@@ -1104,53 +1106,18 @@ def contrastive_loss(video, text, scale, names):
     video, text (B, D) unit vectors, names (B,) numbers of the videos: another caption of the same video is
     neither right nor wrong.
     """
-    logits = scale * text @ video.t()                                                       # (B, B)
+    with torch.autocast(video.device.type, enabled=False):          # bf16 logits: 8% off the gradient
+        logits = scale * text @ video.t()                                                   # (B, B)
     same = (names[:, None] == names) & ~torch.eye(len(names), dtype=torch.bool, device=names.device)
     logits, truth = logits.masked_fill(same, -math.inf), torch.arange(len(names), device=names.device)
     return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.t(), truth)) / 2
-
-
-def in_chunks(vectors, chunk):
-    """A tensor or a NumPy memory map part by part: (number of the first vector, a copy of the part)."""
-    for start in range(0, len(vectors), chunk):
-        yield start, torch.from_numpy(np.array(vectors[start:start + chunk]))
-
-
-@torch.no_grad()
-def nearest(queries, vectors, k, chunk=65536):
-    """The k vectors of largest cosine for each query, exactly: (Q, D), (V, D) -> scores, numbers (Q, k).
-
-    `vectors` may be a NumPy memory map: only `chunk` of them are looked at at a time.
-    """
-    best, numbers = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-    for start, part in in_chunks(vectors, chunk):
-        scores = queries @ part.t()
-        found = torch.arange(start, start + scores.shape[1]).expand_as(scores)
-        best, order = torch.cat([best, scores], 1).topk(min(k, best.shape[1] + scores.shape[1]))
-        numbers = torch.cat([numbers, found], 1).gather(1, order)
-    return best, numbers
-
-
-@torch.no_grad()
-def ranks_by_cosine(queries, vectors, truth, chunk=65536):
-    """`rank_of_truth` without the (Q, V) matrix: queries (Q, D), vectors (V, D), truth (Q,) -> ranks (Q,).
-
-    Scores that differ by no more than rounding are ties, and count against the query.
-    """
-    right = (queries * torch.from_numpy(np.array(vectors[truth.numpy()]))).sum(1, keepdim=True)
-    ranks = torch.ones(len(queries), dtype=torch.long)
-    for start, part in in_chunks(vectors, chunk):
-        scores = queries @ part.t()
-        others = torch.arange(start, start + scores.shape[1]) != truth[:, None]
-        ranks += ((scores >= right - 1e-6) & others).sum(1)
-    return ranks
 
 
 class LinearProbe(nn.Module):
     """Activity recognition (4): a linear classifier on the features of the frozen model; it sees video alone.
 
     The paper does not say which features. Ours are h^V averaged over each quarter of each frame, since an
-    activity is told by where and when: (B, T, 3, H, W) -> (B, T * 4 * D); at random weights too, so compare.
+    activity shows in where and when: (B, T, 3, H, W) -> (B, T * 4 * D).
     """
 
     def __init__(self, model, classes):
@@ -1172,836 +1139,43 @@ class LinearProbe(nn.Module):
         return self.classifier(self.norm(features))
 
 
-# ------------------------------------------------------------------------------------------ Published weights
-# Our tensors' names -> those of a release, N being a layer's number; {q,k,v} where the three lie apart.
-
-BERT_NAMES = {
-    "text_embedding.words.": "embeddings.word_embeddings.",
-    "text_embedding.positions.": "embeddings.position_embeddings.",
-    "text_embedding.segments.": "embeddings.token_type_embeddings.",
-    "text_embedding.norm.": "embeddings.LayerNorm.",
-    "text_encoder.N.qkv.": "encoder.layer.N.attention.self.{query,key,value}.",
-    "text_encoder.N.proj.": "encoder.layer.N.attention.output.dense.",
-    "text_encoder.N.norm1.": "encoder.layer.N.attention.output.LayerNorm.",
-    "text_encoder.N.fc1.": "encoder.layer.N.intermediate.dense.",
-    "text_encoder.N.fc2.": "encoder.layer.N.output.dense.",
-    "text_encoder.N.norm2.": "encoder.layer.N.output.LayerNorm."}
-OPENAI_NAMES = {
-    "patch.": "conv1.", "cls": "class_embedding", "positions": "positional_embedding", "norm.": "ln_pre.",
-    "blocks.N.norm1.": "transformer.resblocks.N.ln_1.",
-    "blocks.N.qkv.": "transformer.resblocks.N.attn.in_proj_",
-    "blocks.N.proj.": "transformer.resblocks.N.attn.out_proj.",
-    "blocks.N.norm2.": "transformer.resblocks.N.ln_2.",
-    "blocks.N.fc1.": "transformer.resblocks.N.mlp.c_fc.",
-    "blocks.N.fc2.": "transformer.resblocks.N.mlp.c_proj."}
-HUGGING_FACE_NAMES = {
-    "patch.": "embeddings.patch_embedding.", "cls": "embeddings.class_embedding",
-    "positions": "embeddings.position_embedding.weight", "norm.": "pre_layrnorm.",    # their spelling
-    "blocks.N.norm1.": "encoder.layers.N.layer_norm1.",
-    "blocks.N.qkv.": "encoder.layers.N.self_attn.{q_proj,k_proj,v_proj}.",
-    "blocks.N.proj.": "encoder.layers.N.self_attn.out_proj.",
-    "blocks.N.norm2.": "encoder.layers.N.layer_norm2.",
-    "blocks.N.fc1.": "encoder.layers.N.mlp.fc1.",
-    "blocks.N.fc2.": "encoder.layers.N.mlp.fc2."}
+def rank_of_truth(scores, truth, tolerance=0.0):
+    """Ranks of the right items, 1 best: scores (Q, n), truth (Q,) -> (Q,). Ties, scores within `tolerance` of
+    the right item's, count against the query."""
+    right = scores.gather(1, truth[:, None])
+    return (scores >= right - tolerance).sum(1)                     # the right one itself is the 1
 
 
-@dataclass(frozen=True)
-class Release:
-    """A kind of checkpoint: what it looks like, the key that tells it (a regular expression), what it fills,
-    and under which names; without names they are ours."""
-    looks: str
-    tell: str
-    fills: type = type(None)
-    names: dict = None
-    size: str = ""                      # the one of this kind that fits the paper preset
+def recalls(ranks):
+    """R@1, R@5, R@10 and the median of ranks (Q,), 1 best."""
+    return {**{f"r{k}": float((ranks <= k).float().mean()) for k in (1, 5, 10)},
+            "median_rank": float(ranks.float().quantile(0.5))}
 
 
-RELEASES = [                            # the first pattern that matches decides
-    Release("a checkpoint of this project", r"token_type|quantizer\.codebook"),
-    Release("an EdgeNeXt", r"stages\.\d+\.\d+\.xca\.temperature", EdgeNeXt, size="EdgeNeXt-Small"),
-    Release("an EdgeNeXt under timm's names", r"stages\.\d+\.blocks\.\d+\.xca\.temperature"),
-    Release("a BERT", r"embeddings\.word_embeddings\.weight", EViLM, BERT_NAMES,
-            "a BERT of 12 layers, 128 wide"),
-    Release("a CLIP vision model", r"ln_pre\.weight", ViT, OPENAI_NAMES, "CLIP's ViT-B/32"),
-    Release("a CLIP vision model", r"pre_layrnorm\.weight", ViT, HUGGING_FACE_NAMES, "CLIP's ViT-B/32"),
-    Release("a CLIP text model", r"text_model\.embeddings\.token_embedding\.weight"),
-    Release("a Swin transformer", r"layers\.0\.blocks\.0\.attn\.relative_position_bias_table", VideoSwin,
-            size="Video Swin-T"),       # one for images has the same keys, and other shapes
-    Release("a ConvNeXt", r"stages\.0\.0\.dwconv\.weight"),
-    Release("a ResNet", r"layer1\.0\.conv1\.weight"),
-    Release("a vision transformer, not CLIP's", r"blocks\.0\.attn\.qkv\.weight")]
-
-
-@dataclass
-class Published:
-    """What `load_published` did, by name: the network's tensors that were filled and those left at their
-    start, the file's that were not used, and the model's words that the file has no row for."""
-    path: Path
-    looks: str = ""
-    filled: list = field(default_factory=list)
-    left: list = field(default_factory=list)
-    unused: list = field(default_factory=list)
-    words: list = field(default_factory=list)
-    notes: list = field(default_factory=list)
-
-    def __str__(self):
-        filled, whole = len(self.filled), len(self.filled) + len(self.left)
-        return "\n  ".join([f"{self.path}, {self.looks}: {filled} of the network's {whole} tensors filled",
-                            *self.notes, f"tensors left at their start: {folded(self.left)}",
-                            f"in the file, not used: {folded(self.unused)}"])
-
-
-def folded(names):
-    """Names on one line; those that differ in their last number alone are one: layers.{0,1,2}.norm.weight."""
-    groups = {}
-    for name in names:
-        numbered = re.fullmatch(r"(.*\.)(\d+)(\..*)", name)
-        before, number, after = numbered.groups() if numbered else (name, "", "")
-        groups.setdefault((before, after), []).append(number)
-    return ", ".join(before + (f"{{{','.join(numbers)}}}" if len(numbers) > 1 else numbers[0]) + after
-                     for (before, after), numbers in groups.items()) or "none"
-
-
-NUMBERS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-           "BOOL": torch.bool}
-
-
-def safetensors_layout(header, size):
-    """[(name, kind, shape, begin, end)] that a .safetensors header tells of `size` bytes of numbers.
-
-    It is not believed: a tensor is as long as its shape says, and they fill the bytes without gap or overlap.
-    """
-    layout, reached = [], 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        (begin, end), shape = entry["data_offsets"], entry["shape"]
-        if entry["dtype"] not in NUMBERS:
-            raise ValueError(f"{name} is of an unknown dtype, {entry['dtype']}")
-        kind = NUMBERS[entry["dtype"]]
-        if not all(type(n) is int and 0 <= n <= size for n in (begin, end, *shape)):
-            raise ValueError(f"{name} has a shape or offsets that do not fit {size:,} bytes")
-        if end - begin != math.prod(shape) * kind.itemsize:
-            raise ValueError(f"{name}: {end - begin:,} bytes are not {shape} of {entry['dtype']}")
-        layout.append((name, kind, shape, begin, end))
-    for name, _, _, begin, end in sorted(layout, key=lambda entry: entry[3:]):
-        if begin != reached:
-            raise ValueError(f"{name} begins at {begin:,}, where {reached:,} bytes are told of")
-        reached = end
-    if reached != size:
-        raise ValueError(f"{size:,} bytes follow the header, which tells of {reached:,}")
-    return layout
-
-
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: 8 bytes that are the header's length, a JSON header, numbers."""
-    try:
-        content = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))
-        start = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
-        if len(content) < 8 or start > min(len(content), 10**8):
-            raise ValueError("the header is longer than the file, or than 100 MB")
-        header, content = json.loads(content[8:start].numpy().tobytes()), content[start:]
-        return {name: content[begin:end].clone().view(kind).view(shape)
-                for name, kind, shape, begin, end in safetensors_layout(header, len(content))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path}: not a safetensors file that can be read "
-                         f"({str(error).splitlines()[0][:120]})") from None
-
-
-def named_tensors(value, name=""):
-    """(name, tensor) of all tensors in nested dicts: {"model": {"bias": x}} -> ("model.bias", x)."""
-    if torch.is_tensor(value):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from named_tensors(part, f"{name}.{key}" if name else str(key))
-
-
-def recognise(tensors, part, report):
-    """-> the Release that the tensors are of, and what stands before its keys ("module.", "bert.").
-
-    Raises InputError if they are not for `part`.
-    """
-    wanted = next(release.looks for release in RELEASES if isinstance(part, release.fills))
-    for release in RELEASES:
-        told = next(filter(None, (re.fullmatch(rf"(.*\.)?(?:{release.tell})", key) for key in tensors)), None)
-        if told and not isinstance(part, release.fills):
-            raise InputError(f"{report.path}: looks like {release.looks}, where {wanted} is wanted")
-        if told:
-            report.looks = release.looks + f", under {told[1]}*" * bool(told[1])
-            return release, told[1] or ""
-    raise InputError(f"{report.path}: looks like nothing known, where {wanted} is wanted; it holds "
-                     f"{len(tensors)} tensors: {folded(list(tensors)[:4])} ...")
-
-
-def released_as(name, release, prefix, tensors):
-    """The file's names of one of our tensors: three where q, k and v lie apart."""
-    theirs = name
-    if release.names:
-        number, numberless = re.search(r"\.(\d+)\.", name), re.sub(r"\.\d+\.", ".N.", name)
-        start = next(start for start in release.names if numberless.startswith(start))
-        theirs = release.names[start] + numberless[len(start):]
-        theirs = theirs.replace(".N.", f".{number[1]}.") if number else theirs
-    before, _, rest = theirs.partition("{")
-    choices, _, after = rest.partition("}")
-    names = [prefix + before + choice + after for choice in choices.split(",")]
-    # BERT's files of TensorFlow's time call a LayerNorm's weight and bias gamma and beta.
-    older = [name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-             for name in names]
-    return names if names[0] in tensors else older
-
-
-def rows_of_words(published, start, ours, theirs, report):
-    """BERT's word embeddings in the order of our words; one that the checkpoint lacks keeps its start."""
-    if published.shape[1:] != start.shape[1:] or not (ours or theirs) and len(published) == len(start):
-        return published                # it does not fit, or it is taken row by row
-    theirs = theirs or ours
-    if not ours or len(theirs) != len(published):
-        raise InputError(f"{report.path}: it has rows for {len(published):,} words; to follow them, give the "
-                         "model's words and the checkpoint's own vocab.txt, "
-                         f"not {len(ours or ()):,} and {len(theirs or ()):,} words")
-    row = {word: i for i, word in enumerate(theirs)}
-    known = [i for i, word in enumerate(ours) if word in row]
-    report.words = [word for word in ours if word not in row]
-    report.notes.append(f"{len(known):,} of the model's {len(ours):,} words take one of the file's "
-                        f"{len(theirs):,} rows; words without one, left at their start: "
-                        f"{', '.join(report.words[:20]) or 'none'}"
-                        + f" and {len(report.words) - 20:,} more" * (len(report.words) > 20))
-    rows = start.clone()
-    rows[known] = published[[row[ours[i]] for i in known]].to(rows)
-    return rows
-
-
-def positions_on_grid(published, start, report):
-    """CLIP's position embeddings (1 + s*s, width) -> (1 + g*g, width), interpolated; CLS keeps its own."""
-    s, g = (math.isqrt(max(0, len(x) - 1)) if x.ndim == 2 else 0 for x in (published, start))
-    if s in (0, g) or s * s != len(published) - 1:
-        return published                # it does not fit, or it is taken as it is
-    report.notes.append(f"position embeddings interpolated from {s}x{s} to {g}x{g} cells")
-    grid = published[1:].float().t().reshape(1, -1, s, s)
-    grid = F.interpolate(grid, size=(g, g), mode="bicubic")[0].flatten(1).t()
-    return torch.cat([published[:1].float(), grid])
-
-
-def open_published(path):
-    """{name: tensor} of a torch file, however nested, or of a .safetensors file."""
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
-    return read_safetensors(path) if path.suffix == ".safetensors" else dict(named_tensors(read_torch(path)))
+def codebook_usage(counts):
+    """The fraction of codes in use, and their distribution's perplexity: counts (M,) of patches a code."""
+    p = counts[counts > 0] / counts.sum()
+    return {"codebook_usage": len(p) / len(counts),
+            "codebook_perplexity": float(torch.exp(-(p * p.log()).sum()))}
 
 
 @torch.no_grad()
-def load_published(part, path, vocab=None):
-    """Fills an `EdgeNeXt`, a `ViT`, a `VideoSwin` or an `EViLM`'s text side from a published checkpoint.
-
-    Returns `Published`. BERT's rows follow `part.vocab` word by word, `vocab` being the checkpoint's words
-    where they are others; where neither is known they are taken row by row. Raises InputError, and fills
-    nothing, if the file is of something else or a tensor cannot fit. BERT's miniature was published with 2
-    heads: the paper's 4 cut the same tensors finer.
-    """
-    report, values, used = Published(Path(path)), {}, set()
-    tensors = open_published(report.path)
-    release, prefix = recognise(tensors, part, report)
-    network = {name: tensor for name, tensor in part.state_dict().items()
-               if not isinstance(part, EViLM) or name.startswith(("text_embedding.", "text_encoder."))}
-    for name, tensor in network.items():
-        keys = released_as(name, release, prefix, tensors)
-        if not all(key in tensors for key in keys):
-            report.left.append(name)
-            continue
-        found = [tensors[key] for key in keys]
-        if name == "text_embedding.words.weight":
-            found = [rows_of_words(found[0], tensor, part.vocab, vocab, report)]
-        if name == "positions":
-            found = [positions_on_grid(found[0], tensor, report)]
-        for key, value in zip(keys, found):
-            wanted = (len(tensor) // len(keys), *tensor.shape[1:])
-            if value.shape != wanted or not tensors[key].is_floating_point():
-                raise InputError(f"{path}: {key} is {tuple(tensors[key].shape)}, {tensors[key].dtype}, and "
-                                 f"does not fit {name}, {wanted}: {release.size} fits --preset paper")
-        values[name] = torch.cat(found)
-        report.filled.append(name)
-        used.update(keys)
-    for name, value in values.items():
-        network[name].copy_(value)
-    report.unused = [key for key in tensors if key not in used]
-    return report
-
-
-# --------------------------------------------------------------------------------------------------- Training
-# What the scripts share: flags, device, precision, processes, schedule, steps, checkpoints, the log.
-
-
-class InputError(Exception):
-    """What the user gave cannot be used. One line: what is wrong, where, how to mend it; exit status 2."""
-
-
-class NotFinite(InputError):
-    """A loss became infinite or NaN: the run stops and its last checkpoint stays."""
-
-
-def common_flags(description, stage="", settings=None):
-    """The flags that all scripts share. `stage` is the prefix of the presets' settings ("tokenizer_" ...);
-    a task has `settings` of its own, {"toy": {"epochs": ...}, "paper": ..., "toy of captions": ...}."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=settings is None,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def preset(name):
-        found = ({preset: its[name] for preset, its in settings.items() if name in its} if settings else
-                 {config.preset: getattr(config, stage + name) for config in (Config.toy(), Config.paper())})
-        values = ", ".join(f"{value:g} in {preset}" for preset, value in found.items())
-        return f"default: the preset's, {values}"
-
-    add = parser.add_argument
-    add("--data", default="data/toy", metavar="DIR", help="folder of clips with train.jsonl or "
-        "captions.jsonl; of tasks qa_train.jsonl, mc_NAME_train.jsonl, action_train.jsonl (default: "
-        "data/toy, where the synthetic set is rendered on first use)")
-    add("--preset", default="toy", metavar="toy|paper", help="sizes and settings (default: toy)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
-        help="default: auto, the best there is")
-    add("--epochs", type=positive, help=f"passes over the training clips ({preset('epochs')})")
-    add("--max-steps", type=positive, help="end after so many steps, the schedule shortened to them "
-        "(default: none)")
-    add("--batch-size", type=positive, help="clips a step in all; processes and --accumulate divide them "
-        f"({preset('batch_size')})")
-    add("--accumulate", type=positive, default=1, help="cut each batch in so many parts that are computed "
-        "one after another: less memory, the same gradients where there is no dropout (default: 1)")
-    add("--lr", type=partial(not_negative, kind=float), help=f"peak learning rate ({preset('lr')})")
-    add("--workers", type=not_negative, default=max(0, min(4, (os.cpu_count() or 2) - 2)), help="processes "
-        "that read clips; changes no result (default: all cores but two, at most 4; here %(default)s)")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda, else fp32 "
-        "(default: auto)")
-    add("--compile", action="store_true", help="torch.compile the model: slow start, then faster "
-        "(default: off)")
-    add("--seed", type=int, default=0, help="all randomness follows from it (default: 0)")
-    add("--save-every", type=positive, default=200, metavar="STEPS", help="write last.pt so often, and at "
-        "each evaluation (default: 200)")
-    add("--resume", action="store_true", help="go on from OUT/last.pt, to the same weights as an unbroken "
-        "run")
-    add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
-    add("--config", metavar="NAME=VALUE", action="append", default=[], help="change a field of Config "
-        "that no flag is for, such as mask_ratio=0.5, dims=8,16,32,64, blocks=False (cells masked one by "
-        "one), negatives=8 (harder mismatched captions), video_positions=0; may be given several times")
-    add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions "
-        "are kept (default: a vocabulary is made from the training captions)")
-    add("--vocab-captions", metavar="FILE", help="captions, one a line, by which --vocab is cut, or a "
-        "vocabulary made: the paper takes COCO's (default: the training captions)")
-    return parser
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
-def not_negative(text, kind=int):
-    value = kind(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return value
-
-
-def preset_named(name):
-    presets = {"toy": Config.toy, "paper": Config.paper}
-    if name not in presets:
-        raise InputError(f"--preset {name}: there is no such preset; it is one of {', '.join(presets)}")
-    return presets[name]()
-
-
-SHARES = ("mask_ratio", "word_ratio", "dropout", "warmup", "tokenizer_warm")     # fields between 0 and 1
-
-
-def changed(config, changes):
-    """The Config with some fields changed: a list of "NAME=VALUE", each read as the field's own kind."""
-    for change in changes:
-        name, _, text = change.partition("=")
-        if name not in asdict(config):
-            raise InputError(f"--config {change}: Config has no field {name!r}; evilm.py lists them")
-        if isinstance(getattr(config, name), str) or name in ("epochs", "batch_size", "lr"):
-            flag = name.removeprefix("tokenizer_").replace("_", "-")
-            raise InputError(f"--config {change}: {name} is chosen by --{flag}")
-        if name == "words":
-            raise InputError(f"--config {change}: words follows from the vocabulary; vocab_rows bounds it")
-        config = replace(config, **{name: read_field(change, name, getattr(config, name), text)})
-    check_sizes(config)
-    return config
-
-
-def read_field(change, name, usual, text):
-    """A field's value from its text, of the kind and length of its `usual` value, in its range."""
-    kind = type(usual)
-    try:
-        value = (tuple(map(int, text.split(","))) if kind is tuple
-                 else bool(("False", "True").index(text)) if kind is bool else kind(text))
-    except ValueError:
-        value = None
-    if value is None or kind is tuple and len(value) != len(usual):
-        raise InputError(f"--config {change}: give {name} like {usual!r}")
-    least = 0 if kind in (float, bool) or name == "tokenizer_revive" else 1
-    most = 1 if name in SHARES else sys.maxsize
-    if not all(least <= part <= most for part in (value if kind is tuple else (value,))):
-        raise InputError(f"--config {change}: {name} goes from {least} {'to 1' if most == 1 else 'on'}")
-    return value
-
-
-def check_sizes(config):
-    """An InputError for sizes that no model can have together."""
-    if config.size % 32:
-        raise InputError(f"--config size={config.size}: cells have 32 pixels a side; give a multiple of 32")
-    shared = {"xca_heads": config.dims[1:], "text_heads": [config.text_width],
-              "decoder_heads": [config.width], "vit_heads": [config.vit_width],
-              "tokenizer_heads": [config.tokenizer_width]}
-    for name, widths in shared.items():
-        heads = getattr(config, name)
-        if any(width % heads for width in widths):
-            raise InputError(f"--config: {name}, {heads}, must divide the channels, "
-                             f"{' and '.join(map(str, widths))}")
-    if not 3 <= config.max_words <= config.positions:
-        raise InputError(f"--config max_words={config.max_words}: from 3 to {config.positions}, the "
-                         "positions that the language encoder has")
-
-
-def configure(args, stage=""):
-    """The preset's Config with what the flags change; the flags left out are filled from it."""
-    config = changed(preset_named(args.preset), args.config)
-    for name in ("epochs", "batch_size", "lr"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(config, stage + name))
-    return config
-
-
-@dataclass
-class Machine:
-    """Where a run computes: the device, the precision, and this process among the others."""
-    device: torch.device
-    bf16: bool = False
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def main(self):
-        return self.rank == 0
-
-    def __str__(self):
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        return f"{name}, {'bf16' if self.bf16 else 'fp32'}" + f", {self.world} processes" * (self.world > 1)
-
-    def say(self, *words):
-        if self.main:
-            tqdm.write(" ".join(map(str, words)))
-
-    def first(self, work):
-        """Rank 0 does `work` while the others wait for what it writes."""
-        if self.main:
-            work()
-        if self.world > 1:
-            dist.barrier()
-
-    def alone(self):
-        """This process by itself, for what rank 0 does after the others have ended."""
-        return Machine(self.device, self.bf16)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
-
-    def wrap(self, model, compiled, idle=False):
-        """The model as it is called in training: compiled where asked for, and over several processes by
-        PyTorch's DistributedDataParallel, which averages their gradients. `idle`: some steps leave parts of
-        it out."""
-        model = torch.compile(model, dynamic=True) if compiled else model
-        return DistributedDataParallel(model, find_unused_parameters=idle) if self.world > 1 else model
-
-    def parts(self, model, batch, parts):
-        """A batch cut by clips for --accumulate: (part, context). Gradients meet after the last alone."""
-        size = len(batch["frames"])
-        cut = -(-size // parts)
-        for start in range(0, size, cut):
-            last = start + cut >= size
-            waits = contextlib.nullcontext() if last or self.world == 1 else model.no_sync()
-            yield {name: value[start:start + cut] for name, value in batch.items()}, waits
-
-    def total(self, values):
-        """The sum over all processes of a tensor or of a list of numbers, as a tensor."""
-        values = values.clone() if torch.is_tensor(values) else torch.tensor(values, dtype=torch.float64)
-        if self.world == 1:
-            return values
-        # on nccl's side, or gloo's
-        there = values.to(self.device) if self.device.type == "cuda" else values.cpu()
-        dist.all_reduce(there)
-        return there.to(values.device)
-
-    def shared(self, tensor):
-        """Rank 0's tensor, on all processes."""
-        if self.world > 1:
-            dist.broadcast(tensor, 0)
-        return tensor
-
-
-def set_up(device="auto", precision="auto"):
-    """The Machine for the flags --device and --precision; under torchrun it joins the process group."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mps = torch.backends.mps.is_available()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no CUDA device here; "
-                         "--device auto takes what there is")
-    if device == "mps" and not mps:
-        raise InputError("--device mps: PyTorch finds no Apple GPU here; --device auto takes what there is")
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.set_float32_matmul_precision("high")                  # TF32
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    bf16 = precision == "bf16" or (precision == "auto" and device == "cuda")
-    return Machine(torch.device(device), bf16, rank, world)
-
-
-def as_typed():
-    """The flags of this command, to be repeated in the next one with others behind them that win."""
-    return "".join(f" {shlex.quote(flag)}" for flag in sys.argv[1:] if flag != "--resume")
-
-
-def same_set(args):
-    """Those flags that the next stage needs as this one had them."""
-    usual = {"data": "data/toy", "preset": "toy", "vocab": None, "vocab_captions": None}
-    flags = [(f"--{name.replace('_', '-')}", getattr(args, name)) for name in usual
-             if getattr(args, name) != usual[name]] + [("--config", change) for change in args.config]
-    return "".join(f" {name} {shlex.quote(value)}" for name, value in flags)
-
-
-def run_script(main, *user_errors):
-    """Runs a script's main: what the user can mend ends in one line and status 2, Ctrl-C in status 130,
-    a reader that went away in 141, as SIGPIPE would."""
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:                 # "--trace | head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (InputError, *user_errors) as error:
-        sys.exit(fail(f"error: {error}", 2))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(fail(f"error: no space left on the disk ({error}); the older checkpoint is whole", 2))
-        if error.filename is None:
-            raise
-        sys.exit(fail(f"error: {error.filename}: {error.strerror}", 2))
-    except KeyboardInterrupt:
-        sys.exit(fail("interrupted", 130))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def fail(line, status):
-    print(line, file=sys.stderr, flush=True)
-    return status
-
-
-def make_optimizer(model, lr, weight_decay, device, video_lr=1.0):
-    """AdamW (4.1), with the relatives' beta of 0.98; no decay on norms, biases and other vectors.
-
-    The video encoder's rate is `video_lr` times the others'.
-    """
-    groups = {}
-    for name, p in model.named_parameters():
-        factor = video_lr if "video_encoder." in name else 1.0
-        decay = weight_decay if p.squeeze().ndim > 1 else 0.0
-        if p.requires_grad:
-            group = {"params": [], "weight_decay": decay, "lr": factor * lr, "factor": factor}
-            groups.setdefault((factor, decay), group)["params"].append(p)
-    return torch.optim.AdamW(list(groups.values()), lr=lr, betas=(0.9, 0.98), fused=device.type != "mps")
-
-
-def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to 0."""
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def on_device(batch, device):
-    """The batch with its tensors on the device; what stays on the CPU is NumPy's or a list."""
-    return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-            for name, value in batch.items()}
-
-
-def prefetch(loader, device):
-    """Yields (batch on the device, seconds waited). On CUDA the next is copied while this one computes."""
-    stream = torch.cuda.Stream() if device.type == "cuda" else None
-    ahead = None
-    batches = iter(loader)
-    while True:
-        began = time.perf_counter()
-        batch = next(batches, None)
-        waited = time.perf_counter() - began
-        if batch is not None:
-            with torch.cuda.stream(stream):                         # does nothing where stream is None
-                batch = on_device(batch, device)
-        if stream is None:
-            ahead = (batch, waited)
-        if ahead is not None and ahead[0] is not None:
-            yield ahead
-        if batch is None:
-            return
-        if stream is not None:
-            torch.cuda.current_stream().wait_stream(stream)
-            for value in filter(torch.is_tensor, batch.values()):
-                value.record_stream(torch.cuda.current_stream())    # no reuse of its memory before it is read
-            ahead = (batch, waited)
-
-
-def save(checkpoint, path):
-    """Writes a checkpoint whole or not at all: a kill or a full disk leaves the older file as it was."""
-    path = Path(path)
-    draft = path.with_name(path.name + ".part")
-    try:
-        with open(draft, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def read_torch(path, hint=""):
-    """What `torch.save` wrote. Never a pickle that could run code: `weights_only`, always."""
-    try:
-        with warnings.catch_warnings(action="ignore"):              # the error below says it in one line
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such checkpoint{hint}") from None
-    except Exception as error:      # torch.load raises whatever the bytes lead it to
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        if "TorchScript" in reason:
-            reason = "a TorchScript archive; save its weights once: torch.save(torch.jit.load(FILE)" \
-                     ".state_dict(), NEW)"
-        elif forbidden := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"beside tensors it holds {forbidden[1]}, a pickled object"
-        raise InputError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
-
-
-def checkpoint_path(path):
-    """A checkpoint, or of a run's folder its best.pt."""
-    path = Path(path)
-    return path if path.suffix == ".pt" else path / "best.pt"
-
-
-def is_ours(checkpoint):
-    """Whether what `read_torch` read is a checkpoint of this project, rather than published weights."""
-    return isinstance(checkpoint, dict) and {"kind", "config"} <= set(checkpoint)
-
-
-def load(path, *kinds, hint=""):
-    """Reads a checkpoint of this project, a file or a run's best.pt.
-
-    Raises InputError, naming the file, if it is none or of none of the `kinds` ("tokenizer", "pretrain", a
-    task's); `hint` says what makes one.
-    """
-    path = checkpoint_path(path)
-    checkpoint = read_torch(path, hint)
-    if not is_ours(checkpoint):
-        raise InputError(f"{path}: not a checkpoint of this project")
-    if checkpoint["kind"] not in kinds:
-        raise InputError(f"{path}: a checkpoint of kind {checkpoint['kind']!r}, where "
-                         f"{' or '.join(map(repr, kinds))} is wanted")
-    return checkpoint
-
-
-def config_of(checkpoint):
-    """The Config that a checkpoint was trained with, from its plain dict; a field that is younger than the
-    checkpoint is its preset's."""
-    try:
-        return replace(preset_named(checkpoint["config"].get("preset")),
-                       **{name: tuple(value) if isinstance(value, list) else value
-                          for name, value in checkpoint["config"].items()})
-    except TypeError as error:
-        raise InputError(f"the checkpoint's config does not fit this version of evilm.py ({error})") from None
-
-
-class Run:
-    """A run and its folder: last.pt to go on from, best.pt, metrics.jsonl. Only rank 0 writes.
-
-    `extra` names the flags that decide the result beside the shared ones; going on with others is refused.
-    """
-    DECIDE = ("seed", "batch_size", "lr")
-
-    def __init__(self, args, kind, config, vocab, extra, machine):
-        self.folder, self.kind, self.machine, self.seed = Path(args.out), kind, machine, args.seed
-        self.save_every, self.strict = args.save_every, args.strict
-        settings = {name: getattr(args, name) for name in (*self.DECIDE, *extra)}
-        self.constant = {"kind": kind, "config": asdict(config), "vocab": vocab, "settings": settings}
-        self.step, self.steps, self.best = 0, 0, -math.inf
-        self.state = {}             # tensors that a script wants to find again after --resume
-        self.stop = False           # set by Ctrl-C and SIGTERM: the step is finished, saved, and the run ends
-        self.pending, self.broken = None, set()
-        self.seconds = self.waited = self.clips = 0
-
-    # ---- beginning, and beginning again
-
-    def start(self, model, optimizer, resume):
-        """A new folder, or with `resume` the state of last.pt; an older run in the folder is moved aside."""
-        self.model, self.optimizer = model, optimizer
-        if resume:
-            self.restore(load(self.folder / "last.pt", self.kind))
-        elif self.machine.main:
-            if any(self.folder.glob("*.pt")):
-                aside = next(p for i in range(1, 10**6) if not (p := Path(f"{self.folder}.{i}")).exists())
-                self.folder.rename(aside)
-                self.machine.say(f"{self.folder} held an older run: moved to {aside} "
-                                 "(--resume goes on instead)")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "metrics.jsonl").write_text("")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask_to_stop)
-
-    def ask_to_stop(self, *_):
-        if self.stop:
-            raise KeyboardInterrupt                                 # asked twice: at once
-        self.stop = True
-
-    def restore(self, checkpoint):
-        path, advice = self.folder / "last.pt", "resume with the flags it began with, or choose another --out"
-        if checkpoint["vocab"] != self.constant["vocab"]:
-            raise InputError(f"{path} was trained with another vocabulary: {advice}")
-        theirs = {"config": asdict(config_of(checkpoint)), "settings": checkpoint["settings"]}
-        for kind, values in theirs.items():
-            for name, value in self.constant[kind].items():
-                if values.get(name) != value:
-                    named = f"a {name} of" if kind == "config" else f"--{name.replace('_', '-')}"
-                    raise InputError(f"{path} was trained with {named} {values.get(name)}, not {value}: "
-                                     f"{advice}")
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.step, self.best, self.state = checkpoint["step"], checkpoint["best"], checkpoint["state"]
-        if self.machine.main:       # evaluations after that step, and the final one, are made again
-            kept = [line for line in self.metrics() if line["step"] <= self.step and line["split"] == "val"]
-            (self.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.machine.say(f"going on from {path} at step {self.step:,}")
-
-    # ---- the steps
-
-    def steps_of(self, loader):
-        """The batches of the steps that are left, with a progress bar; ends in order when interrupted."""
-        machine, began = self.machine, time.perf_counter()
-        with tqdm(total=self.steps, initial=self.step, unit="step", disable=not machine.main) as bar:
-            for batch, waited in prefetch(loader, machine.device):
-                self.note(batch.pop("broken"), "replaced")
-                # Dropout depends on the step alone, so that a resumed run draws the same.
-                torch.manual_seed(self.seed * 1_000_003 + self.step * machine.world + machine.rank)
-                yield batch
-                self.clips += len(batch["frames"]) * machine.world
-                self.waited += waited
-                self.seconds = time.perf_counter() - began
-                if self.step % 20 == 0:
-                    bar.set_postfix_str(f"loss {float(self.pending.sum()):.3f}, "
-                                        f"{self.clips / self.seconds:.0f} clips/s")
-                bar.update()
-                if self.step % self.save_every == 0:
-                    self.save_last()
-                if machine.total([self.stop])[0] > 0:
-                    self.save_last()
-                    machine.say(f"stopped at step {self.step:,}, saved; --resume goes on from there")
-                    raise KeyboardInterrupt
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # what follows is made again by --resume
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.check_finite()
-
-    def note(self, lines, what_became):
-        """Names each broken clip once, and counts it; with --strict the first ends the run."""
-        for line in dict.fromkeys(lines):
-            if self.strict:
-                raise InputError(f"{line}; mend it, take out its line, or leave out --strict")
-            if line not in self.broken:
-                self.machine.say(f"broken clip, {what_became}: {line}")
-            self.broken.add(line)
-
-    def set_learning_rate(self, peak, warmup, turn=0):
-        """The schedule's rate at this step; at step `turn` the schedule begins anew."""
-        begin, end = (0, turn) if self.step < turn else (turn, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate(self.step - begin, end - begin, peak, warmup)
-
-    def generator(self):
-        """A generator on the CPU for this step, the same on all processes."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-
-    def optimise(self, losses):
-        """One step along the gradients, norm clipped to 1. `losses` are this process's share of each loss."""
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.check_finite()
-        self.pending = losses
-        self.step += 1
-
-    def check_finite(self):
-        """Looks at the step before's losses: by now they are there; CUDA need not wait for this step's."""
-        if self.pending is not None and not torch.isfinite(self.machine.total(self.pending)).all():
-            before = f" {self.folder}/last.pt is from before." * (self.folder / "last.pt").exists()
-            raise NotFinite(f"the loss is not finite at step {self.step:,}.{before} A lower --lr or "
-                            "--precision fp32 may help")
-
-    # ---- what it leaves
-
-    def checkpoint(self):
-        return {**self.constant, "step": self.step, "best": self.best, "model": self.model.state_dict()}
-
-    def save_last(self):
-        self.check_finite()
-        if self.machine.main:
-            save({**self.checkpoint(), "state": self.state, "optimizer": self.optimizer.state_dict()},
-                 self.folder / "last.pt")
-
-    def save_best(self, score):
-        """Keeps the weights as best.pt if the score is higher than all before."""
-        self.check_finite()
-        if score > self.best:
-            self.best = score
-            if self.machine.main:
-                save(self.checkpoint(), self.folder / "best.pt")
-
-    def log(self, **values):
-        if self.machine.main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
-
-    def metrics(self):
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-    def end_of_steps(self):
-        """Says how fast the steps went, and brings together which clips each process found broken."""
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin"
-                                                                       else 2**20)
-        if self.machine.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 2**30
-        if self.clips:
-            self.machine.say(f"{self.clips / self.seconds:.0f} clips/s, {self.waited / self.seconds:.1%} of "
-                             f"the time spent waiting for clips, {memory:.2f} GiB at most")
-        if self.machine.world > 1:
-            found = [None] * self.machine.world
-            dist.all_gather_object(found, self.broken)
-            self.note(sorted(set().union(*found)), "met by another process")
-
-    def say_end(self, command=""):
-        """The last lines: the pictures, how many clips were broken, what to type next."""
-        drawn = ", ".join(map(str, sorted(self.folder.glob("*.png"))))
-        self.machine.say(f"look at {drawn or self.folder}; all figures: {self.folder}/metrics.jsonl; "
-                         f"broken clips: {len(self.broken)}")
-        if command:
-            self.machine.say(f"next: {command}")
+def joint_scores(model, video, text, mask, part=200):
+    """`match` of every caption and video: video (V, N, D), text (Q, L, D), mask (Q, L) -> (Q, V)."""
+    scores = []
+    for t, m in zip(text, mask):
+        t, m = t[:m.sum()], m[:m.sum()]                             # without padding
+        scores.append(torch.cat([model.match(some, t.expand(len(some), -1, -1), m.expand(len(some), -1))
+                                 for some in video.split(part)]))
+    return torch.stack(scores)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# ... the paper ends here. Below: Table 8 and the trace, published weights, and what training needs to run.
 
 
 def table8(config):
-    """Table 8: [(row, parameters, the paper's figure)] of the model that `config` makes, by counting them."""
+    """Table 8: [(row, parameters, the paper's figure)] of the model that `config` makes."""
     model = EViLM(config)
     rows = [("Textual Embedding Layer", model.text_embedding, "1.2M"),
             ("Textual Encoder", model.text_encoder, "2.4M"), ("Textual MLP Layer", model.text_proj, "49.5K"),
@@ -2024,21 +1198,18 @@ def table8(config):
 
 
 def multiply_adds(config, words=30):
-    """Multiply-adds of one clip and a caption of `words` tokens, part by part, in G: {part: G}.
-
-    Counted by PyTorch over the running model: products of matrices and convolutions, a multiply and an add as
-    one.
-    """
+    """Multiply-adds of one clip and a caption of `words` tokens, in G: {part: G}, as PyTorch counts them."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    model, tokenizer = EViLM(config).eval(), SemanticTokenizer(config).eval()
-    frames = torch.rand(1, config.frames, 3, config.size, config.size)
-    ids, mask = torch.full((1, words), UNK), torch.ones(1, words, dtype=torch.bool)
+    with torch.device("meta"):                                      # shapes alone
+        model, tokenizer = EViLM(config).eval(), SemanticTokenizer(config).eval()
+        frames = torch.rand(1, config.frames, 3, config.size, config.size)
+        ids, mask = torch.full((1, words), UNK), torch.ones(1, words, dtype=torch.bool)
 
     def cost(work, *inputs):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            result = work(*inputs)
-        return counter.get_total_flops() / 2e9, result
+            outputs = work(*inputs)
+        return counter.get_total_flops() / 2e9, outputs
 
     (visual, video), (textual, text) = cost(model.encode_video, frames), cost(model.encode_text, ids, mask)
     decoder = cost(model.match, video, text, mask)[0]
@@ -2046,122 +1217,735 @@ def multiply_adds(config, words=30):
             "tokenizer": cost(tokenizer.tokenize, frames)[0]}
 
 
-# What a trace shows: the parts whose names match, and where the paper tells of them.
-TRACED = {
-    r"video_encoder\.(downsample_layers\.\d|stages\.\d\.\d+|norm)": "3.1 EdgeNeXt", r"video_proj": "Eq. (1)",
-    r"text_embedding": "3.1 BERT", r"text_encoder\.\d+": "3.1 BERT", r"text_proj": "Eq. (1)",
-    r"decoder\.\d+": "Eq. (2)", r"decoder_norm": "Eq. (2)", r"pooler": "3.4 VTM",
-    r"(vtm|mlm)_head": "Eq. (8)", r"mvm_head": "Eq. (3)"}
-TRACED_TOKENIZER = {
-    r"encoder\.(patch|blocks\.\d+)": "3.3 E", r"proj": "3.3 E", r"quantizer": "Eq. (4), (7)",
-    r"encoder\.(patch_embed\.proj|layers\.\d\.(blocks\.\d+|downsample))": "4.3 VideoSwin",
-    r"expand": "3.3 D", r"decoder\.\d+": "3.3 D", r"head": "Eq. (5)"}
-TRACED_CALLS = {"encode_video": "Eq. (1)", "encode_text": "Eq. (1)", "fuse": "Eq. (2)",
-                "read_words": "Eq. (5)"}
-
-
-class Trace:
-    """Follows one clip and its caption through the running model: a line a step, by hooks on its parts."""
-
-    def __init__(self):
-        self.told = 0.0             # seconds that telling took, which count for no step
-        print(f"{'paper':<14}{'step':<38}{'evilm.py':>9}{'ms':>8}{'parameters':>12}  in -> out")
-
-    @staticmethod
-    def shapes(values):
-        return ", ".join(str(tuple(x.shape)) if torch.is_tensor(x) else f"{x:g}" for x in values
-                         if torch.is_tensor(x) or isinstance(x, float))
-
-    def show(self, paper, step, source, seconds, parameters, inputs, outputs):
-        began, outputs = time.perf_counter(), outputs if isinstance(outputs, tuple) else (outputs,)
-        # A scalar is a loss: its value says more than its shape.
-        outputs = [x.item() if torch.is_tensor(x) and x.ndim == 0 else x for x in outputs]
-        if inspect.getsourcefile(source) == __file__:
-            line = inspect.getsourcelines(source)[1]
-        else:                       # a layer of PyTorch's: the line that calls it
-            line = next(frame.lineno for frame in inspect.stack(0)
-                        if frame.filename == __file__ and frame.function not in ("show", "called"))
-        print(f"{paper:<14}{step:<38}{line:>9}{1000 * seconds:8.2f}{parameters or '':>12}  "
-              f"{self.shapes(inputs)} -> {self.shapes(outputs)}")
-        self.told += time.perf_counter() - began
-
-    def follow(self, network, traced):
-        """From now on each part of the network that `traced` matches is shown as it is called, and each of
-        its methods in TRACED_CALLS after what it calls."""
-        for name, paper in TRACED_CALLS.items():
-            if hasattr(network, name):
-                setattr(network, name, partial(self.call, paper, getattr(network, name)))
-        for name, part in network.named_modules():
-            paper = next((paper for pattern, paper in traced.items() if re.fullmatch(pattern, name)), None)
-            if paper and next(part.parameters(), None) is not None:
-                part.register_forward_pre_hook(lambda part, _: setattr(part, "began", time.perf_counter()))
-                part.register_forward_hook(partial(self.called, paper, name))
-
-    def called(self, paper, name, part, inputs, outputs):
-        seconds, source = time.perf_counter() - part.began, type(part)
-        count = sum(p.numel() for p in part.parameters())
-        step = name if source.__module__.startswith("torch") else f"{name} {source.__name__}"
-        self.show(paper, step, source, seconds, f"{count:,}", inputs, outputs)
-
-    def call(self, paper, function, *inputs):
-        """Calls a function of this file and shows it."""
-        began = time.perf_counter() - self.told
-        outputs = function(*inputs)
-        seconds = time.perf_counter() - self.told - began
-        self.show(paper, function.__name__, function, seconds, "", inputs, outputs)
-        return outputs
-
-
 @torch.no_grad()
 def trace(config, words=12):
-    """Prints what a clip and a caption pass through at random weights, down to the losses: the clip is noise,
-    the caption's words have numbers alone, all of them the same each time."""
+    """Prints the shapes that a clip (noise) and a caption (numbers) pass through, at random weights, and the
+    values of the losses."""
+    def shapes(values):
+        return ", ".join(f"{float(x):.3f}" if x.ndim == 0 else str(tuple(x.shape)) for x in values
+                         if torch.is_tensor(x))
+
+    def step(paper, function, *inputs):
+        outputs = function(*inputs)
+        is_module = isinstance(function, nn.Module)
+        name = type(function).__name__ if is_module else function.__name__
+        code = (function.forward if is_module else function).__code__
+        line = code.co_firstlineno if code.co_filename == __file__ else ""
+        shown = outputs if isinstance(outputs, tuple) else (outputs,)
+        shown = [x for part in shown for x in (part.values() if isinstance(part, dict) else [part])]
+        print(f"{paper:<10}{name:<20}{line:>9}  {shapes(inputs)} -> {shapes(shown)}")
+        return outputs
+
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    model, tokenizer, tell = EViLM(config).eval(), SemanticTokenizer(config).eval(), Trace()
+    model, tokenizer = EViLM(config).eval(), SemanticTokenizer(config).eval()
     frames = torch.rand(1, config.frames, 3, config.size, config.size, generator=generator)
     ids = torch.tensor([[CLS, *range(5, 5 + words), SEP]])
     mask = torch.ones_like(ids, dtype=torch.bool)
-    cells = tell.call("4.1", block_mask, config.frames, config.grid, config.mask_ratio, generator)[None]
-    masked, chosen = tell.call("3.4, 4.1", mask_words, ids[0], config.words, generator, config.word_ratio)
-    seen = tell.call("3.2", mask_frames, frames, cells)
-    tell.follow(tokenizer, TRACED_TOKENIZER)
-    tell.follow(model, TRACED)
-    logits, codes, code_loss = tokenizer(frames)
-    tell.call("Eq. (6)", focal_loss, logits, words_present(ids, mask, config.words))
-    wrong = ids.flip(1)                                             # stands for another clip's caption
-    vtm, mlm, mvm = model(seen, masked[None], mask, chosen[None], cells.flatten(1), (wrong, mask))
-    losses = [tell.call("Eq. (8)", vtm_loss, vtm, torch.tensor([1, 0])),
-              tell.call("Eq. (8)", mlm_loss, mlm, ids[0][chosen]),
-              tell.call("Eq. (3)", mvm_loss, mvm, codes[cells])]
-    print(f"L = L_VTM + L_MLM + L_MVM = {float(sum(losses)):.3f}; L_SVQ's code terms {float(code_loss):.3f}")
+    print(f"{'paper':<10}{'step':<20}{'evilm.py':>9}  in -> out")
+    embedded = step("3.3 E", tokenizer.embed, frames)
+    quantized, labels, code_loss = step("Eq. (4)", tokenizer.quantizer, embedded)
+    logits = step("Eq. (5)", tokenizer.read_words, quantized)
+    present = step("3.3", words_present, ids, mask, config.vocab_size)
+    step("Eq. (6)", focal_loss, logits, present)
+    step("Eq. (7)", svq_loss, logits, present, code_loss, config.word_weight)
+    masked = step("3.2, 4.1", block_mask, config.frames, config.grid, config.mask_ratio, generator)
+    masked_patches = masked[None]                                                           # (1, T, g, g)
+    seen = step("3.2", mask_frames, frames, masked_patches)
+    x = model.normalise(seen).flatten(0, 1)
+    for downsample, stage in zip(model.video_encoder.downsample_layers, model.video_encoder.stages):
+        x = step("3.1", stage[-1], stage[:-1](step("3.1", downsample, x)))      # the stage's last block
+    masked_ids, masked_words = step("3.4, 4.1", mask_words, ids[0], config.vocab_size, generator)
+    video = step("Eq. (1)", model.encode_video, seen)
+    text = step("Eq. (1)", model.encode_text, masked_ids[None], mask)
+    h_video = step("Eq. (2)", model.fuse, video, text, mask)[2]
+    step("Eq. (3)", mvm_loss, model.mvm_head(h_video[masked_patches.flatten(1)]), labels[masked_patches])
+    step("Eq. (8)", pretraining_loss, model, {
+        "frames": frames, "ids": ids, "masked_ids": masked_ids[None], "mask": mask,
+        "masked_words": masked_words[None], "mismatched_ids": ids.flip(1), "mismatched_mask": mask,
+        "masked_patches": masked_patches, "labels": labels})
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prints Table 8 and the multiply-adds, ours beside the "
-                                     "paper's.", allow_abbrev=False)
-    parser.add_argument("--preset", default="paper", metavar="toy|paper", help="default: paper")
-    parser.add_argument("--trace", action="store_true", help="instead: follow one clip and its caption "
-                        "(noise and numbers, at random weights) through the model, step by step")
-    parser.add_argument("--encoder", default="vit", choices=["vit", "videoswin"], help="the "
-                        "tokenizer's (4.3; default: vit)")
+    parser = Parser(description="Prints Table 8 and the multiply-adds, ours beside the paper's.")
+    parser.add_argument("--preset", default="paper", choices=["toy", "paper"], help="default: paper")
+    parser.add_argument("--trace", action="store_true", help="instead: follow a clip and its caption through "
+                        "the model, shape by shape")
+    parser.add_argument("--encoder", default="vit", choices=["vit", "videoswin"], help="the tokenizer's")
     args = parser.parse_args()
-    config = replace(preset_named(args.preset), tokenizer_encoder=args.encoder)
+    config = replace(getattr(Config, args.preset)(), tokenizer_encoder=args.encoder)
     if args.trace:
         return trace(config)
-    beside = args.preset == "paper"         # the paper's figures are of its own sizes
-    print(f"Table 8, preset {args.preset}\n{'':<28}{'parameters':>12}" + f"{'paper':>9}" * beside)
+    print(f"{'Table 8, preset ' + args.preset:<28}{'parameters':>12}{'paper':>9}")
     for name, count, paper in table8(config):
-        print(f"{name:<28}{count:>12,}" + f"{paper:>9}" * beside)
+        print(f"{name:<28}{count:>12,}{paper:>9}")
     cost = multiply_adds(config)
     print(f"\nG multiply-adds a clip: {config.frames} frames of {config.size}x{config.size}, 30 words")
-    print(f"  visual {cost['visual']:.2f} ({cost['visual'] / config.frames:.2f} a frame"
-          + "; the paper: 1.26" * beside + ")  "
-          f"+  textual {cost['textual']:.2f}  +  decoder {cost['decoder']:.2f}  =  {cost['model']:.2f}")
-    # Its 1.26 a frame are multiply-adds; 12.2 is neither 7.4 nor 14.8.
-    print(f"  counting a multiply and an add apart: {2 * cost['model']:.1f} GFLOPs"
-          + " (the paper says 12.2, which fits neither count)" * beside)
-    print(f"  the tokenizer's share, if codes are computed online: {cost['tokenizer']:.2f}")
+    print(f"  visual {cost['visual']:.2f} ({cost['visual'] / config.frames:.2f} a frame; the paper: 1.26) + "
+          f"textual {cost['textual']:.2f} + decoder {cost['decoder']:.2f} = {cost['model']:.2f}")
+    print(f"  counting a multiply and an add apart: {2 * cost['model']:.1f} GFLOPs (the paper says 12.2, "
+          "which fits neither count)")
+    print(f"  the tokenizer, where codes are computed online: {cost['tokenizer']:.2f}")
+
+
+# ------------------------------------------------------------------------------------------ Published weights
+BERT_NAMES = {  # replacements, in order, that turn our names into a release's; {q,k,v}: three tensors there
+    "text_embedding.words.": "embeddings.word_embeddings.", "text_embedding.norm.": "embeddings.LayerNorm.",
+    "text_embedding.positions.": "embeddings.position_embeddings.",
+    "text_embedding.segments.": "embeddings.token_type_embeddings.", "text_encoder.": "encoder.layer.",
+    ".qkv.": ".attention.self.{query,key,value}.", ".proj.": ".attention.output.dense.",
+    ".norm1.": ".attention.output.LayerNorm.", ".norm2.": ".output.LayerNorm.",
+    ".fc1.": ".intermediate.dense.", ".fc2.": ".output.dense."}
+OLD_BERT_NAMES = BERT_NAMES | {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+OPENAI_NAMES = {
+    "patch.": "conv1.", "cls": "class_embedding", "positions": "positional_embedding", "norm.": "ln_pre.",
+    "blocks.": "transformer.resblocks.", ".norm": ".ln_", ".qkv.": ".attn.in_proj_",
+    ".proj.": ".attn.out_proj.", ".fc1.": ".mlp.c_fc.", ".fc2.": ".mlp.c_proj."}
+HUGGING_FACE_NAMES = {                  # "layrnorm" is the release's spelling
+    "patch.": "embeddings.patch_embedding.", "cls": "embeddings.class_embedding",
+    "positions": "embeddings.position_embedding.weight", "norm.": "pre_layrnorm.",
+    "blocks.": "encoder.layers.", ".norm": ".layer_norm", ".qkv.": ".self_attn.{q_proj,k_proj,v_proj}.",
+    ".proj.": ".self_attn.out_proj.", ".fc": ".mlp.fc"}
+RELEASES = [    # what it fills, the release that fits the paper preset, a key that identifies it, its names
+    (EdgeNeXt, "EdgeNeXt-Small", r"stages\.1\.\d+\.xca\.temperature", {}),
+    (EViLM, "BERT L-12 H-128", r"embeddings\.LayerNorm\.weight", BERT_NAMES),         # published with 2 heads
+    (EViLM, "BERT L-12 H-128", r"embeddings\.LayerNorm\.gamma", OLD_BERT_NAMES),     # in TensorFlow's time
+    (ViT, "CLIP ViT-B/32", r"ln_pre\.weight", OPENAI_NAMES),
+    (ViT, "CLIP ViT-B/32", r"pre_layrnorm\.weight", HUGGING_FACE_NAMES),
+    (VideoSwin, "Video Swin-T", r"layers\.0\.blocks\.0\.attn\.relative_position_bias_table", {})]
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+@dataclass
+class Published:
+    """What `load_published` did: tensors filled, tensors and words left as initialised, tensors unused."""
+    path: Path
+    filled: list = field(default_factory=list)
+    left: list = field(default_factory=list)
+    unused: list = field(default_factory=list)
+
+    def __str__(self):
+        return (f"{self.path}\n  filled: {listed(self.filled)}\n  left as initialised: {listed(self.left)}\n"
+                f"  unused in the file: {listed(self.unused)}")
+
+
+def listed(names, most=6):
+    """The number of names and the first of them, on one line: 2 (head.weight, head.bias)."""
+    first = ", ".join(repr(name)[1:-1] for name in names[:most])        # repr escapes line breaks
+    return f"{len(names):,} ({first}{', ...' if len(names) > most else ''})" if names else "none"
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8 bytes with the header's length, a JSON header, the values."""
+    try:
+        content, tensors = np.fromfile(path, np.uint8), {}
+        start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+        header, values = json.loads(content[8:start].tobytes()), torch.from_numpy(content[start:])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if not 0 <= begin <= end <= len(values):
+                raise ValueError(f"{name!r} lies outside the file")
+            tensor = values[begin:end].clone().view(DTYPES[entry["dtype"]])
+            tensors[name] = tensor.view(entry["shape"])     # raises an error if the sizes differ
+        return tensors
+    except Exception as error:          # a damaged header can raise anything
+        raise InputError(f"{path}: not a whole .safetensors file ({' '.join(str(error).split())})") from None
+
+
+def named_tensors(value, name="", depth=6):
+    """(name, tensor) of all tensors in nested dicts: {"model": {"bias": x}} -> ("model.bias", x)."""
+    if torch.is_tensor(value):
+        yield name, value
+    elif isinstance(value, dict) and depth > 0:         # a dict can contain itself
+        for key, part in value.items():
+            yield from named_tensors(part, f"{name}.{key}" if name else str(key), depth - 1)
+
+
+def follow_words(rows, initial, ours, theirs, report):
+    """The file's word embeddings in the order of our words; words that it lacks stay initialised."""
+    theirs = theirs or ours
+    if rows.shape[1:] != initial.shape[1:] or not theirs and len(rows) == len(initial):
+        return rows                     # another width, which is refused below, or rows taken one by one
+    if not ours or len(theirs) != len(rows):
+        raise InputError(f"{report.path}: its {len(rows):,} word embeddings need the checkpoint's vocab.txt "
+                         f"({len(theirs or ()):,} words given) and the model's words ({len(ours or ()):,})")
+    row = {word: i for i, word in enumerate(theirs)}
+    known = [i for i, word in enumerate(ours) if word in row]
+    report.left += [f"the word {word}" for word in ours if word not in row]
+    followed = initial.clone()
+    followed[known] = rows[[row[ours[i]] for i in known]].to(initial)
+    return followed
+
+
+def resize_positions(rows, initial):
+    """CLIP's position embeddings (1 + s*s, width) -> (1 + g*g, width), interpolated; CLS keeps its own."""
+    s, g = (math.isqrt(max(0, len(x) - 1)) if x.ndim == 2 else 0 for x in (rows, initial))
+    if s in (0, g) or 1 + s * s != len(rows):
+        return rows                     # no grid, which is refused below, or the model's own
+    grid = rows[1:].float().t().reshape(1, -1, s, s)
+    return torch.cat([rows[:1].float(), F.interpolate(grid, (g, g), mode="bicubic")[0].flatten(1).t()])
+
+
+@torch.no_grad()
+def load_published(part, path, vocab=None):
+    """Fills an `EdgeNeXt`, a `ViT`, a `VideoSwin` or an `EViLM`'s text side from a published checkpoint.
+
+    BERT's word embeddings follow `part.vocab` word by word; `vocab` holds the checkpoint's words where they
+    differ. Raises InputError, and fills nothing, if the file holds something else or a tensor does not fit.
+    """
+    report, values, used = Published(Path(path)), {}, set()
+    read = read_safetensors if report.path.suffix == ".safetensors" else read_torch
+    tensors = dict(named_tensors(read(path)))
+    releases = [release for release in RELEASES if isinstance(part, release[0])]
+    matches = [(match[1], names) for _, _, pattern, names in releases for key in tensors
+               if (match := re.fullmatch(rf"(.*\.|){pattern}", key))]
+    if not matches:
+        raise InputError(f"{path}: not published weights such as {releases[0][1]}, which are wanted here; "
+                         f"its tensors: {listed(list(tensors), 4)}")
+    prefix, names = matches[0]              # the first of several copies, as of model and model_ema
+    network = {name: tensor for name, tensor in part.state_dict().items()
+               if not isinstance(part, EViLM) or name.startswith(("text_embedding.", "text_encoder."))}
+    for name, initial in network.items():
+        published = name
+        for ours, theirs in names.items():
+            published = published.replace(ours, theirs)
+        before, *choices, after = re.split(r"[{,}]", published) if "{" in published else (published, "", "")
+        keys = [prefix + before + choice + after for choice in choices]
+        if not all(key in tensors for key in keys):
+            report.left.append(name)
+            continue
+        found = [tensors[key] for key in keys]
+        if name == "text_embedding.words.weight":
+            found = [follow_words(found[0], initial, part.vocab, vocab, report)]
+        if name == "positions":
+            found = [resize_positions(found[0], initial)]
+        shape = (len(initial) // len(keys), *initial.shape[1:])
+        for key, tensor in zip(keys, found):
+            if tensor.shape != shape or not tensors[key].is_floating_point():
+                raise InputError(f"{path}: {key} is {tuple(tensors[key].shape)}, {tensors[key].dtype}, where "
+                                 f"{name} takes {shape}, floats; {releases[0][1]} fits --preset paper")
+        values[name] = torch.cat(found)
+        report.filled.append(name)
+        used.update(keys)
+    part.load_state_dict(values, strict=False)
+    report.unused = [key for key in tensors if key not in used]
+    return report
+
+
+# -------------------------------------------------------------------------------------------------- Training
+# What the three scripts share: flags, device and processes, optimiser and schedule, checkpoints, a run.
+
+
+class InputError(Exception):
+    """What the user gave cannot be used. One line: what is wrong, where, how to mend it; exit status 2."""
+
+
+FLAGS_OF = {"train_tokenizer.py": "target encoder loss word-weight warm revive-after init-tokenizer".split(),
+            "pretrain.py": "tokenizer objectives init-video init-text codes keep-at".split(),
+            "finetune.py": "init set see scoring zero-shot videos top".split()}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, which say where an unknown flag belongs."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message):
+        for flag in re.findall(r"--([\w-]+)", message.partition("unrecognized arguments:")[2]):
+            if flag.replace("-", "_") in Config.__dataclass_fields__:
+                message += f"; a field of Config is set by --config {flag.replace('-', '_')}=VALUE"
+            message += "".join(f"; --{flag} is a flag of {script}" for script in FLAGS_OF
+                               if flag in FLAGS_OF[script])
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def at_least(least, kind=int, most=2**32 - 1):
+    """The type of a flag: a number from `least` to `most`."""
+    def number(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} does not lie in {least} to {most}")
+        return kind(text)
+    return number
+
+
+def shared_flags(parser, out):
+    """Adds the flags of every script. Epochs, batch size and rate are by default the preset's."""
+    add = parser.add_argument
+    add("--data", default="data/toy", metavar="DIR", help="folder with train.jsonl or captions.jsonl, or a "
+        "task's files (default: data/toy, the synthetic set, rendered on first use)")
+    add("--preset", default="toy", choices=["toy", "paper"], help="sizes and settings (default: toy)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: the best there is")
+    add("--epochs", type=at_least(1), help="passes over the training clips")
+    add("--max-steps", type=at_least(1), help="end after so many steps, the schedule shortened to them")
+    add("--batch-size", type=at_least(1), help="clips a step in all; processes and --accumulate divide them")
+    add("--accumulate", type=at_least(1), default=1, help="compute a batch in so many parts: less memory")
+    add("--lr", type=at_least(0, float), help="peak learning rate")
+    add("--workers", type=at_least(0), help="processes that read clips; changes no result (default: cores "
+        "over local processes, less one; none on a CPU with two cores)")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--seed", type=at_least(0), default=0, help="all randomness follows from it (default: 0)")
+    add("--save-every", type=at_least(1), default=200, metavar="STEPS", help="write last.pt so often")
+    add("--out", default=out, metavar="DIR", help=f"the run's folder (default: {out})")
+    add("--resume", action="store_true", help="go on from OUT/last.pt, to the weights of an unbroken run")
+    add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
+    add("--config", metavar="NAME=VALUE", action="append", default=[], help="set a field of Config, such as "
+        "mask_ratio=0.5, dims=8,16,32,64, blocks=False; may be given several times")
+    add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions "
+        "are kept (default: the words of the training captions)")
+    add("--vocab-captions", metavar="FILE", help="captions, one a line, that make or cut the vocabulary")
+
+
+def set_fields(config, changes, **given):
+    """The Config with fields set by --config, a list of "NAME=VALUE", and by `given`; checks the sizes."""
+    for change in changes:
+        name, _, text = change.partition("=")
+        usual = asdict(config).get(name)
+        if usual is None or isinstance(usual, str) or name == "vocab_size":
+            raise InputError(f"--config {change}: Config has no such field to be set; evilm.py lists them")
+        least = 0 if isinstance(usual, (bool, float)) or name == "tokenizer_revive" else 1
+        try:
+            value = float(text) if isinstance(usual, float) else ast.literal_eval(text)
+            parts = value if isinstance(usual, tuple) else [value]
+            if type(value) is not type(usual) or isinstance(usual, tuple) and len(value) != len(usual):
+                raise ValueError
+            if not all(least <= part < math.inf for part in parts):
+                raise ValueError
+        except (ValueError, TypeError, SyntaxError):
+            raise InputError(f"--config {change}: give a value like {name}={usual}") from None
+        config = replace(config, **{name: value})
+    config = replace(config, **given)
+    if not changes and not given:
+        return config
+    try:
+        with torch.device("meta"), torch.no_grad():                 # sizes that no model can have together
+            frames = torch.rand(1, config.frames, 3, config.size, config.size)
+            EViLM(config).encode_video(frames), SemanticTokenizer(config)(frames)
+    except (AssertionError, ValueError, TypeError, IndexError, RuntimeError, ArithmeticError) as error:
+        raise InputError(f"--config {' '.join(changes)}: no model has these sizes "
+                         f"({str(error).splitlines()[0]})") from None
+    return config
+
+
+def configure(args, **fields_of_flags):
+    """The preset's Config, changed by --config and by the flags that are given: {field: flag}."""
+    given = {name: getattr(args, flag) for name, flag in fields_of_flags.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    return set_fields(getattr(Config, args.preset)(), args.config, **given)
+
+
+def read_lines(flag, path):
+    """The lines of a text file that a flag names."""
+    try:
+        return Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{flag} {path}: cannot be read ({error})") from None
+
+
+def make_vocabulary(args, config, texts, machine):
+    """WordPiece for the training texts, and the Config with the number of its words."""
+    if args.vocab_captions:
+        texts = read_lines("--vocab-captions", args.vocab_captions)
+    if args.vocab:
+        published = WordPiece(read_lines("--vocab", args.vocab))
+        wordpiece = published.keep_frequent(texts, min(1.0, config.vocab_rows / len(published)))
+    else:
+        wordpiece = WordPiece.from_captions(texts, config.vocab_rows)
+    if len(wordpiece) <= len(SPECIAL):
+        raise InputError(f"--data {args.data}: its texts hold no words, or --vocab no word of them")
+    machine.print(f"vocabulary: {len(wordpiece):,} entries, {len(SPECIAL)} of them special tokens")
+    return wordpiece, replace(config, vocab_size=len(wordpiece))
+
+
+@dataclass
+class Machine:
+    """Where a run computes: the device, the precision, and this process (rank) among `world_size`."""
+    device: torch.device
+    bf16: bool = False
+    rank: int = 0
+    world_size: int = 1
+    patient: object = None      # a gloo group that waits a day: for what rank 0 does alone
+
+    def __str__(self):
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{name}, {'bf16' if self.bf16 else 'fp32'}, {self.world_size} process(es)"
+
+    def print(self, line):
+        if self.rank == 0:
+            tqdm.write(line)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def wrap(self, model, compiled):
+        """The model as training calls it: compiled where asked for, gradients averaged over processes."""
+        warnings.filterwarnings("ignore", "Grad strides do not match")      # depth-wise convolutions'
+        model = torch.compile(model, dynamic=True) if compiled else model
+        return DistributedDataParallel(model) if self.world_size > 1 else model
+
+    def parts(self, model, batch, accumulate):
+        """A batch on the device, in equal parts by clips; processes exchange gradients after the last one."""
+        size = len(batch["frames"]) // accumulate
+        for i in range(accumulate):
+            exchange = self.world_size == 1 or i == accumulate - 1
+            with contextlib.nullcontext() if exchange else model.no_sync():
+                yield {name: value[i * size:(i + 1) * size].to(self.device, non_blocking=True)
+                       for name, value in batch.items()}
+
+    def total(self, numbers):
+        """The sum of a list or a tensor of numbers over all processes: a tensor of doubles on the CPU."""
+        total = torch.as_tensor(numbers).detach().cpu().double().clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)                                  # by gloo, whatever the device
+        return total
+
+    def gather(self, rows):
+        """The rows of all processes' parts of a batch, in the batch's order; no gradient."""
+        if self.world_size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)                  # rank r has clips r, r + world_size, ...
+
+    def barrier(self):
+        """Waits for what rank 0 does alone, for hours if need be."""
+        if self.world_size > 1:
+            dist.barrier(self.patient)
+
+
+def set_up(args):
+    """The Machine for --device and --precision; under torchrun it joins the other processes."""
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(name, usual)) for name, usual in
+        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in present if present[name]) if args.device == "auto" else args.device
+    if not present[device]:
+        raise InputError(f"--device {device}: PyTorch finds none here; --device auto takes what there is")
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.workers = 0 if device == "cpu" and cores <= 2 else max(0, cores // local_world_size - 1)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    patient = None
+    if dist.is_initialized():
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=24))
+    bf16 = args.precision == "bf16" or args.precision == "auto" and device == "cuda"
+    return Machine(torch.device(device), bf16, rank, world_size, patient)
+
+
+def run_script(main, *user_errors):
+    """Runs a script's main. What the user can mend ends in one line and status 2, a lost process in status 1,
+    Ctrl-C in 130, a reader that went away ("--trace | head") in 141."""
+    try:
+        main()
+        sys.stdout.flush()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        line, status = "interrupted", 130
+    except (InputError, *user_errors) as error:
+        line, status = f"error: {error}", 2
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        line, status = f"error: {error.filename or 'saving'}: {error.strerror}; older files are whole", 2
+    except RuntimeError as error:
+        if not re.search(r"gloo|nccl|peer|connection", str(error), re.IGNORECASE):
+            raise
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        line, status = f"error: another process of this run is gone ({reason})", 1
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def make_optimizer(model, lr, weight_decay, device):
+    """AdamW (4.1) with the relatives' beta of 0.98; no decay on norms, biases and other vectors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.squeeze().ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in trained if p.squeeze().ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=device.type != "mps")
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up over the first `warmup` of the steps, then half a cosine down to 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def save(checkpoint, path):
+    """Writes a checkpoint whole or not at all: a kill or a full disk leaves the older file as it was."""
+    content, draft = io.BytesIO(), Path(f"{path}.part")
+    torch.save(checkpoint, content)
+    try:
+        with open(draft, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_torch(path, hint=""):
+    """What `torch.save` wrote. Never a pickle that could run code: `weights_only`, always."""
+    try:
+        with warnings.catch_warnings(action="ignore"):              # the error below says it in one line
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file{hint}") from None
+    except Exception as error:      # torch.load raises whatever the bytes lead it to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "TorchScript" in str(error):
+            reason = "TorchScript; save its weights once: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+        elif forbidden := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"beside tensors it holds {forbidden[1]}, a pickled object"
+        raise InputError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
+
+
+def load(path, *kinds, hint=""):
+    """A checkpoint of this project, a file or a run's best.pt, its config as a Config.
+
+    Raises InputError, naming the file, if it is none or of none of the `kinds` ("tokenizer", "pretrain", a
+    task's); `hint` says what makes one.
+    """
+    path = Path(path)
+    path = path / "best.pt" if path.is_dir() or not path.suffix else path
+    checkpoint = read_torch(path, hint)
+    keys = {"kind", "config", "vocab", "step", "model"}
+    if not isinstance(checkpoint, dict) or not keys <= set(checkpoint):
+        raise InputError(f"{path}: not a checkpoint of this project")
+    kind, config = checkpoint["kind"], checkpoint["config"]
+    if kind not in kinds:
+        raise InputError(f"{path}: a checkpoint of kind {kind!r}, where {' or '.join(kinds)} is wanted")
+    if not isinstance(config, dict) or set(config) != set(Config.__dataclass_fields__):
+        raise InputError(f"{path}: its config is not one of this version of evilm.py")
+    return checkpoint | {"path": path, "config": Config(**config)}
+
+
+def fill(model, checkpoint):
+    """Loads a checkpoint's weights; raises InputError, naming the file, where they do not fit."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise InputError(f"{checkpoint['path']}: its weights do not fit the model "
+                         f"({str(error).splitlines()[-1].strip()})") from None
+
+
+class Run:
+    """A run and its folder: last.pt to go on from, best.pt, metrics.jsonl. Only rank 0 writes.
+
+    `decide` names the flags that decide the result beside Config and --seed; `extra` goes into checkpoints.
+    """
+
+    def __init__(self, args, kind, config, vocab, machine, decide=(), **extra):
+        self.folder, self.args, self.kind, self.machine = Path(args.out), args, kind, machine
+        settings = {name: getattr(args, name) for name in ("seed", *decide)}
+        self.about = {"kind": kind, "config": asdict(config), "vocab": vocab, "settings": settings, **extra}
+        self.step, self.best, self.loss, self.signal = 0, -math.inf, None, 0
+        self.clips, self.seconds, self.broken = 0, 0.0, set()
+
+    def start(self, model, optimizer, **sums):
+        """Begins anew, or with --resume from last.pt. `sums` are tensors to which each process adds."""
+        self.model, self.optimizer, self.sums = model, optimizer, sums
+        if self.args.resume:
+            self.restore(load(self.folder / "last.pt", self.kind))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask_to_stop)
+
+    def ask_to_stop(self, number, _):
+        if self.signal:
+            sys.exit(128 + number)                                  # asked twice: at once
+        self.signal = number
+
+    def restore(self, checkpoint):
+        path, about = checkpoint["path"], self.about
+        theirs = asdict(checkpoint["config"]) | checkpoint.get("settings", {})
+        for name, value in {**about["config"], **about["settings"], "vocab": about["vocab"]}.items():
+            was = checkpoint["vocab"] if name == "vocab" else theirs.get(name)
+            if was != value:
+                change = "" if name == "vocab" else f" ({was}, now {value})"
+                raise InputError(f"{path} was trained with another {name}{change}: resume with the flags it "
+                                 "began with, or choose another --out")
+        fill(self.model, checkpoint)
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.step, self.best = checkpoint["step"], checkpoint["best"]
+            for name, total in checkpoint["sums"].items():
+                self.sums[name].copy_(total if self.machine.rank == 0 else 0 * total)
+            if self.machine.rank == 0:      # evaluations after that step, and the final one, are made again
+                kept = [json.dumps(line) + "\n" for line in self.metrics()
+                        if line["step"] <= self.step and line["split"] == "val"]
+                (self.folder / "metrics.jsonl").write_text("".join(kept))
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{path} or metrics.jsonl beside it is damaged ({error})") from None
+        self.machine.print(f"going on from {path} at step {self.step:,}")
+
+    def batches(self, loader, lr, warmup):
+        """The batches of the steps that are left. Each step sets its learning rate and dropout's seed, which
+        follow from the step alone; Ctrl-C and SIGTERM end the run after a step, saved."""
+        began, machine, steps = time.perf_counter(), self.machine, self.step + len(loader)
+        bar = tqdm(loader, initial=self.step, total=steps, unit="step", disable=machine.rank > 0)
+        for batch in bar:
+            self.name_broken(batch.pop("broken"), "replaced")
+            torch.manual_seed(self.args.seed * 1_000_003 + self.step * machine.world_size + machine.rank)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, steps, lr, warmup)
+            yield batch
+            self.clips += len(batch["frames"]) * machine.world_size
+            self.seconds = time.perf_counter() - began
+            if self.step % 20 == 0:
+                rate = self.clips / self.seconds
+                bar.set_postfix_str(f"loss {self.check_finite():.3f}, {rate:.0f} clips/s")
+            stop = machine.total([self.signal]).item() > 0
+            if stop or self.step % self.args.save_every == 0:
+                self.save_last()
+            if stop:
+                machine.print(f"stopped at step {self.step:,}, saved; --resume goes on from there")
+                sys.exit(128 + (self.signal or signal.SIGTERM))
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # what follows is made again by --resume
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def optimise(self, loss):
+        """A step along the gradients, clipped to norm 1. `loss` is this process's part of the batch's."""
+        if self.step == 0 and self.machine.rank == 0:
+            self.open_folder()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss = loss.detach() + 0 * norm                        # not finite where a gradient is not
+        self.step += 1
+
+    def open_folder(self):
+        """A folder for a new run; an older run in it is moved aside."""
+        if any(self.folder.glob("*.pt")):
+            aside = next(p for i in range(1, 10**6) if not (p := Path(f"{self.folder}.{i}")).exists())
+            self.folder.rename(aside)
+            self.machine.print(f"{self.folder} held an older run, which is now {aside}; --resume would go on")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "metrics.jsonl").write_text("")
+
+    def check_finite(self):
+        """The last step's loss over all processes; an InputError if it is infinite or NaN."""
+        loss = self.machine.total(self.loss).item()
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is not finite at step {self.step:,}; {self.folder} keeps what was "
+                             "saved before. A lower --lr or --precision fp32 may help")
+        return loss
+
+    def name_broken(self, lines, what_became):
+        """Names each broken clip once, and counts it; with --strict the first ends the run."""
+        for line in set(lines) - self.broken:
+            if self.args.strict:
+                raise InputError(f"{line}; mend it, take out its line, or leave out --strict")
+            tqdm.write(f"broken clip, {what_became}: {line}")
+            self.broken.add(line)
+
+    def checkpoint(self):
+        return {**self.about, "step": self.step, "best": self.best, "model": self.model.state_dict()}
+
+    def save_last(self):
+        self.check_finite()
+        sums = {name: self.machine.total(value) for name, value in self.sums.items()}
+        if self.machine.rank == 0:
+            save({**self.checkpoint(), "sums": sums, "optimizer": self.optimizer.state_dict()},
+                 self.folder / "last.pt")
+
+    def evaluated(self, score, **values):
+        """Logs an evaluation on val; the weights become best.pt if `score` is the highest so far."""
+        self.log("val", **values)
+        if score > self.best:
+            self.best = score
+            save(self.checkpoint(), self.folder / "best.pt")
+
+    def log(self, split, **values):
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.step, "split": split, **values}) + "\n")
+
+    def metrics(self):
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def report_speed(self):
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        if self.machine.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**30
+        if self.clips:
+            self.machine.print(f"{self.clips / self.seconds:.0f} clips/s, {memory:.2f} GiB at most")
+
+
+# ------------------------------------------------------------------------- Zero-shot scoring, for two scripts
+
+
+@torch.no_grad()
+def encode_clips(encode, loader, machine, run):
+    """encode(frames (B, T, 3, H, W) in [0, 1]) of a loader's clips -> (V, ...), their rows; broken ones are
+    left out."""
+    encoded, rows = [], []
+    for batch in loader:
+        with machine.autocast():
+            values = encode(batch["frames"].to(machine.device).float() / 255)
+        run.name_broken(batch["broken"], "left out")
+        encoded.append(values[batch["whole"].to(machine.device)])
+        rows += [row for row, whole in zip(batch["rows"], batch["whole"].tolist()) if whole]
+    if not rows:
+        raise InputError("none of the clips to be scored can be read")
+    return torch.cat(encoded), rows
+
+
+@torch.no_grad()
+def encode_captions(model, captions, wordpiece, machine):
+    """e^L of captions -> (n, L, D), mask (n, L)."""
+    ids, mask = (x.to(machine.device) for x in wordpiece.encode_batch(captions, model.config.max_words))
+    with machine.autocast():
+        return model.encode_text(ids, mask), mask
+
+
+@torch.no_grad()
+def score_retrieval(model, captions, loader, wordpiece, machine, run):
+    """Joint scoring of a manifest's captions with each video of a loader.
+
+    -> (the captions' rows whose clips are whole, their ranks (Q,), the videos' names, scores (Q, V)).
+    """
+    video, videos = encode_clips(model.encode_video, loader, machine, run)
+    place = {row["video"]: i for i, row in enumerate(videos)}
+    rows = [row for row in captions if row["video"] in place]
+    text, mask = encode_captions(model, [row["caption"] for row in rows], wordpiece, machine)
+    with machine.autocast():
+        scores = joint_scores(model, video, text, mask).cpu()
+    ranks = rank_of_truth(scores, torch.tensor([place[row["video"]] for row in rows]))
+    return rows, ranks, list(place), scores
+
+
+@torch.no_grad()
+def score_choices(model, loader, wordpiece, machine, run):
+    """Zero-shot multiple choice: the option that fits best; a tie is wrong.
+
+    -> {"mc": accuracy, "mc_unseen", and "mc_NAME" for each attribute NAME that the options differ in}.
+    """
+    right, asked = Counter(), Counter()
+    for video, row in zip(*encode_clips(model.encode_video, loader, machine, run)):
+        text, mask = encode_captions(model, row["options"], wordpiece, machine)
+        with machine.autocast():
+            scores = model.match(video.expand(len(text), -1, -1), text, mask)[None].cpu()
+        names = ["mc", *(f"mc_{name}" for name in row.get("changed", []))]
+        if row.get("unseen"):
+            names.append("mc_unseen")
+        asked.update(names)
+        if rank_of_truth(scores, torch.tensor([row["answer"]])) == 1:
+            right.update(names)
+    return {name: right[name] / asked[name] for name in asked}
 
 
 if __name__ == "__main__":

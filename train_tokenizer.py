@@ -1,450 +1,298 @@
-"""Stage 1: the semantic vector-quantized video tokenizer (3.3). Learns to name a clip's words from its codes.
+"""Stage 1: the semantic vector-quantized video tokenizer (3.3), which reads a caption's words from codes.
 
-    python train_tokenizer.py                           the toy preset on the synthetic set, on what there is
-    python train_tokenizer.py --data my_clips --preset paper --device cuda
+    python train_tokenizer.py                           the toy preset on the synthetic set
+    python train_tokenizer.py --data my_clips --preset paper --init-tokenizer ViT-B-32.pt --device cuda
     python train_tokenizer.py --target pixels           for Tables 6 and 7; so --encoder videoswin, --loss bce
-    torchrun --nproc-per-node=2 train_tokenizer.py      over processes; several nodes: torchrun's own flags
+    torchrun --nproc-per-node=2 train_tokenizer.py      several processes
 
 Leaves in --out: last.pt (go on with --resume), best.pt (lowest val loss), metrics.jsonl, curves.png,
 codebook.png.
 """
 import math
-from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
-import toy_data
-from evilm import (SPECIAL, Config, InputError, Run, SemanticTokenizer, WordPiece, common_flags, configure,
-                   focal_loss, load, load_published, make_optimizer, prefetch, run_script, same_set,
-                   set_up, words_present)
-from toy_data import Batches, ClipCaptions, DataError, pictures
+from evilm import (SPECIAL, InputError, Parser, Run, SemanticTokenizer, at_least, codebook_usage, configure,
+                   fill, load, load_published, make_optimizer, make_vocabulary, run_script, set_up,
+                   shared_flags, start_centred, svq_loss, words_present)
+from toy_data import (Batches, ClipCaptions, DataError, collate, in_order, make_loader, open_splits, plots,
+                      render_if_missing)
 
-SYNTHETIC = "data/toy"          # rendered on first use; a folder that the user names is never made up
-MOST_EVALUATED = 1000           # clips of a split that one evaluation looks at
+EVALUATED = 1000                # clips of a split that one evaluation looks at
+WORDS = ("word_loss", "word_recall", "word_gradient")
+PIXELS = ("pixel_loss", "pixel_mean_colour", "pixel_gradient")
 
 
 def parse(argv=None):
-    parser = common_flags(__doc__, stage="tokenizer_")
-    toy, paper = Config.toy(), Config.paper()
-    parser.add_argument("--target", default="words", choices=["words", "pixels"], help="what is read from "
-                        "the codes: the caption's words, or the frames' pixels, in DALL-E's place in Tables "
-                        "6 and 7 (default: words)")
-    parser.add_argument("--encoder", default="vit", choices=["vit", "videoswin"], help="CLIP's ViT, a frame "
-                        "at a time, or VideoSwin, all together, which Table 7 compares (default: vit)")
-    parser.add_argument("--loss", choices=["focal", "bce"], help="of the words: Eq. (6), or plain binary "
-                        "cross-entropy, which Table 6 compares (default: focal)")
-    parser.add_argument("--word-weight", type=float, help="factor on L_TOKEN in Eq. (7) (default: the "
-                        f"preset's, {toy.word_weight:g} in toy, {paper.word_weight:g} in paper)")
-    parser.add_argument("--warm", type=float, help="share of the steps in which words, or pixels, are read "
-                        "from E(X) unquantized, for an encoder that starts from nothing (default: the "
-                        f"preset's, {toy.tokenizer_warm:g} in toy, {paper.tokenizer_warm:g} in paper)")
-    parser.add_argument("--revive-after", type=int, metavar="STEPS", help="move a code that no cell chose "
-                        "for so many steps to an encoder output; 0: never, as in the paper (default: the "
-                        f"preset's, {toy.tokenizer_revive} in toy, {paper.tokenizer_revive} in paper)")
-    parser.add_argument("--init-tokenizer", metavar="FILE", help="published CLIP ViT-B/32, or Video Swin-T "
-                        "for --encoder videoswin, that the encoder starts from, as in the paper: a torch "
-                        "file or .safetensors, for --preset paper (default: none, it starts from nothing)")
-    parser.add_argument("--out", default="runs/tokenizer", metavar="DIR", help="the run's folder (default: "
-                        "runs/tokenizer)")
+    parser = Parser(description=__doc__)
+    shared_flags(parser, out="runs/tokenizer")
+    add = parser.add_argument
+    add("--target", choices=["words", "pixels"], help="what is read from the codes: the caption's words "
+        "(default), or the frames' pixels, in DALL-E's place in Tables 6 and 7")
+    add("--encoder", choices=["vit", "videoswin"], help="CLIP's ViT, frame by frame (default), or VideoSwin, "
+        "all frames together (Table 7)")
+    add("--loss", choices=["focal", "bce"], default="focal", help="of the words: Eq. (6), or binary "
+        "cross-entropy (Table 6)")
+    add("--word-weight", type=at_least(0, float), help="factor on L_TOKEN in Eq. (7)")
+    add("--warm", type=at_least(0, float, 1), help="fraction of the steps in which D reads E(X) unquantized")
+    add("--revive-after", type=at_least(0), metavar="STEPS", help="move a code that was unused for so many "
+        "steps to an encoder output; 0: never, as in the paper")
+    add("--init-tokenizer", metavar="FILE", help="published CLIP ViT-B/32, or Video Swin-T for --encoder "
+        "videoswin, for --preset paper: a torch file or .safetensors (default: from scratch)")
     args = parser.parse_args(argv)
-    if args.target == "pixels":
-        for flag, value in (("--loss", args.loss), ("--word-weight", args.word_weight)):
-            if value is not None:
-                raise InputError(f"{flag} {value}: of words, and --target pixels reads none; its loss is the "
-                                 "squared error, its factor --config pixel_weight=NUMBER")
-    else:
-        args.loss = args.loss or "focal"
+    if args.target == "pixels" and (args.loss != "focal" or args.word_weight is not None):
+        raise InputError("--loss and --word-weight are of words, which --target pixels does not read; the "
+                         "pixels' factor is --config pixel_weight=NUMBER")
     return args
 
 
-# ----------------------------------------------------------------------------- clips, captions and vocabulary
-
-
-def render_if_asked(args, machine):
-    if args.data == SYNTHETIC:
-        machine.first(lambda: Path(SYNTHETIC).exists() or toy_data.render(SYNTHETIC))
-
-
-def open_clips(args, machine, task=""):
-    """The manifests {"train", "val", "test"} of a task's files in --data, by default of the captions; the
-    synthetic set is rendered on first use."""
-    render_if_asked(args, machine)
-    machine.first(lambda: toy_data.open_splits(args.data, task))    # writes the index that others then map
-    splits, notes = toy_data.open_splits(args.data, task)
-    for note in notes:
-        machine.say(note)
-    return splits
-
-
-def captions_of(manifest):
-    return (row["caption"] for row in manifest)
-
-
-def read_lines(flag, path):
-    """The lines of a file that a flag names: words of BERT's vocab.txt, or captions."""
-    try:
-        return Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{flag} {path}: cannot be read ({error})") from None
-
-
-def make_vocabulary(args, config, texts, machine):
-    """WordPiece for the training texts, and the Config with the number of words in use."""
-    if args.vocab_captions:
-        texts = read_lines("--vocab-captions", args.vocab_captions)
-    if args.vocab:
-        whole = WordPiece(read_lines("--vocab", args.vocab))
-        wordpiece = whole.keep_frequent(texts, min(1.0, config.vocab_rows / len(whole)))
-    else:
-        wordpiece = WordPiece.from_captions(texts, config.vocab_rows)
-    machine.say(f"vocabulary: {len(wordpiece):,} words, {len(SPECIAL)} of them special tokens")
-    return wordpiece, replace(config, words=len(wordpiece))
-
-
-def pad(rows, width):
-    """Lists of ids -> ids (B, width), mask (B, width)."""
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    for row, words in zip(ids, rows):
-        row[:len(words)] = torch.as_tensor(words)
-    return ids, ids != 0            # [PAD] is 0
-
-
-def encode_padded(wordpiece, texts, width):
-    """Texts -> ids (B, width), mask (B, width)."""
-    return pad([wordpiece.encode(text, width) for text in texts], width)
-
-
 class TokenizerBatch:
-    """Makes a batch of samples: frames (B, T, 3, H, W) uint8, their captions' words, ids and mask (B, L)."""
-    mismatched = False
+    """Makes a batch of samples: frames (B, T, 3, H, W) uint8, their captions' ids and mask (B, L)."""
 
-    def __init__(self, wordpiece, config):
-        self.wordpiece, self.config = wordpiece, config
+    def __init__(self, wordpiece, max_words):
+        self.wordpiece, self.max_words = wordpiece, max_words
 
     def __call__(self, samples):
-        ids, mask = encode_padded(self.wordpiece, [s["caption"] for s in samples], self.config.max_words)
-        return {"frames": torch.stack([s["frames"] for s in samples]), "ids": ids, "mask": mask,
-                "broken": [line for s in samples for line in s["broken"]]}
+        batch = collate(samples)
+        ids, mask = self.wordpiece.encode_batch([row["caption"] for row in batch["rows"]], self.max_words)
+        return {"frames": batch["frames"], "ids": ids, "mask": mask, "broken": batch["broken"]}
 
 
-def clips_of(manifest, config, args, train, mismatched):
-    """The samples of a manifest: random frames for training, the middle ones for evaluation."""
-    return ClipCaptions(manifest, config.frames, config.size, args.seed, train, args.strict,
-                        augment=train and config.augment, mismatched=mismatched,
-                        negatives=config.negatives if train else 1)
-
-
-def batches_left(clips, run, args, machine):
-    """Sets how long the run is -> the Batches of the steps that are left."""
-    epoch = Batches(len(clips), args.batch_size, args.seed, 0).steps_per_epoch
-    run.steps = min(args.epochs * epoch, args.max_steps or math.inf)
-    return Batches(len(clips), args.batch_size, args.seed, run.steps, run.step, machine.rank, machine.world)
-
-
-def between_evaluations(steps):
-    """Ten evaluations a run, at least a hundred steps apart, and one at the end."""
-    return max(100, math.ceil(steps / 10))
-
-
-def make_loader(clips, batches, collate, args, machine):
-    return DataLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
-                      pin_memory=machine.device.type == "cuda", prefetch_factor=4 if args.workers else None)
-
-
-def evaluation_loader(manifest, collate, config, args, machine, most=MOST_EVALUATED, batch_size=50):
-    """A split's first clips, or all, in order, once, with the middle frames: the same samples every time."""
-    clips = clips_of(manifest, config, args, train=False, mismatched=collate.mismatched)
-    keys = [(0, i) for i in range(len(clips))[:most]][machine.rank::machine.world]
-    return make_loader(clips, [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)], collate,
-                       args, machine)
-
-
-def first_frames(manifest, collate, config, args, machine, clips):
-    """Frames of a split's first clips, (B, T, 3, H, W) in [0, 1], the same on all processes."""
-    loader = evaluation_loader(manifest, collate, config, args, machine.alone(), clips, clips)
-    return scale(next(iter(loader))["frames"].to(machine.device))
-
-
-def scale(frames):
-    """uint8 frames, as they travel, -> [0, 1]."""
-    return frames.float() / 255
-
-
-# ----------------------------------------------------------------------------------------------------- losses
-
-
-def reconstruction_loss(args, config, read, batch):
-    """The first term of Eq. (7), of what D reads from the codes: L_TOKEN of words' logits (B, K), or, of
-    frames (B, T, 3, H, W), the mean squared error of their pixels, which are in [0, 1]."""
+def tokenizer_loss(args, config, frames, batch, read, code_loss):
+    """Eq. (7), or its counterpart with pixels (4.3) or binary cross-entropy (Table 6), for what D `read` from
+    the codes -> (loss, its first term)."""
     if config.tokenizer_target == "pixels":
-        return F.mse_loss(read.float(), scale(batch["frames"]))
-    logits, targets = read.float(), words_present(batch["ids"], batch["mask"], config.words)
-    return (focal_loss(logits, targets) if args.loss == "focal"
-            else F.binary_cross_entropy_with_logits(logits, targets))
+        pixels = F.mse_loss(read.float(), frames)
+        return config.pixel_weight * pixels + code_loss, pixels
+    words = words_present(batch["ids"], batch["mask"], config.vocab_size)
+    if args.loss == "bce":
+        token = F.binary_cross_entropy_with_logits(read.float(), words)
+        return config.word_weight * token + code_loss, token
+    loss, terms = svq_loss(read, words, code_loss, config.word_weight)                      # Eq. (7)
+    return loss, terms["token"]
 
 
-def beside_the_loss(config, read, batch):
-    """Numerators and denominators of the score beside the loss. Of words, their recall, (2, K): of a
-    caption's k words, those among the k that score highest; of pixels, (2, 1), the error of a clip's mean
-    colour."""
-    if config.tokenizer_target == "pixels":
-        errors = (scale(batch["frames"]) - scale(batch["frames"]).mean((1, 3, 4), keepdim=True)) ** 2
-        return torch.tensor([[errors.sum()], [errors.numel()]], dtype=torch.float64)
-    targets = words_present(batch["ids"], batch["mask"], config.words)
-    ranks = read.float().argsort(1, descending=True).argsort(1)
-    found = (ranks < targets.sum(1, keepdim=True)) * targets
-    return torch.stack([found.sum(0), targets.sum(0)]).double().cpu()
+def train(args):
+    """Trains a tokenizer as the flags say, from scratch or from where it was, and leaves its pictures."""
+    machine = set_up(args)
+    config = configure(args, tokenizer_epochs="epochs", tokenizer_batch_size="batch_size", tokenizer_lr="lr",
+                       tokenizer_target="target", tokenizer_encoder="encoder", word_weight="word_weight",
+                       tokenizer_warm="warm", tokenizer_revive="revive_after")
+    if machine.rank == 0:
+        render_if_missing(args.data)
+    machine.barrier()
+    splits = open_splits(args.data, note=machine.print)
+    wordpiece, config = make_vocabulary(args, config, (row["caption"] for row in splits["train"]), machine)
+    torch.manual_seed(args.seed)
+    tokenizer = SemanticTokenizer(config).to(machine.device)
+
+    def clips_of(split, train):
+        return ClipCaptions(splits[split], config.frames, config.size, args.seed, train, args.strict,
+                            augment=train and config.augment, mismatched=False)
+
+    clips, val = clips_of("train", True), clips_of("val", False)
+    make_batch = TokenizerBatch(wordpiece, config.max_words)
+    if args.init_tokenizer and not args.resume:
+        machine.print(str(load_published(tokenizer.encoder, args.init_tokenizer)))
+    elif config.preset == "paper" and not args.resume:
+        machine.print("without --init-tokenizer FILE the encoder starts from scratch, and the paper's "
+                      "settings let its codebook collapse; --warm 0.4 --revive-after 20 help")
+    if tokenizer.sees_neighbours and not args.init_tokenizer and not args.resume:
+        first = next(iter(make_loader(clips_of("train", False), in_order(clips, most=32), make_batch)))
+        frames = first["frames"].to(machine.device).float() / 255
+        start_centred(tokenizer.encoder, tokenizer.normalise(frames))
+    optimizer = make_optimizer(tokenizer, config.tokenizer_lr, config.weight_decay, machine.device)
+    run = Run(args, "tokenizer", config, wordpiece.vocab, machine, decide=("loss", "init_tokenizer"))
+    used = torch.zeros(config.codes, device=machine.device)         # codes chosen since the last revival
+    run.start(tokenizer, optimizer, used=used)
+
+    steps_per_epoch = max(1, len(clips) // config.tokenizer_batch_size)
+    steps = min(args.max_steps or math.inf, config.tokenizer_epochs * steps_per_epoch)
+    batches = Batches(len(clips), config.tokenizer_batch_size, args.seed, steps, run.step, machine.rank,
+                      machine.world_size, args.accumulate)
+    loader = make_loader(clips, batches, make_batch, args.workers)
+    held_out = make_loader(val, in_order(val, EVALUATED), make_batch, args.workers)
+    model = machine.wrap(tokenizer, args.compile)
+    warm, evaluate_every = round(config.tokenizer_warm * steps), max(100, math.ceil(steps / 10))
+    machine.print(f"tokenizer: {len(clips):,} clips, {steps:,} steps of {batches.batch_size}, {machine}")
+    for batch in run.batches(loader, config.tokenizer_lr, config.warmup):
+        if run.step == warm > 0:
+            vectors = embed(tokenizer, model, batch, args, machine)
+            tokenizer.quantizer.move_codes(used >= 0, vectors, step_generator(args, run))
+        total = torch.zeros((), device=machine.device)
+        for part in machine.parts(model, batch, args.accumulate):
+            frames = part["frames"].float() / 255
+            with machine.autocast():
+                read, ids, code_loss = model(frames, quantize=run.step >= warm)
+                loss, _ = tokenizer_loss(args, config, frames, part, read, code_loss)       # Eq. (7)
+            loss = loss / args.accumulate                                       # processes average gradients
+            loss.backward()
+            total += loss.detach() / machine.world_size
+            used.index_fill_(0, ids.flatten(), 1.0)
+        run.optimise(total)
+        # The last fifth of the run leaves the codes alone, so that the decoder can settle.
+        revives = config.tokenizer_revive and run.step % config.tokenizer_revive == 0
+        if revives and warm < run.step < 0.8 * steps:
+            vectors = embed(tokenizer, model, batch, args, machine)
+            unused = machine.total(used).to(machine.device) == 0
+            tokenizer.quantizer.move_codes(unused, vectors, step_generator(args, run))
+            used.zero_()
+        if run.step % evaluate_every == 0 or run.step == steps:
+            run.check_finite()
+            if machine.rank == 0:
+                scores = evaluate(tokenizer, held_out, args, machine)
+                run.evaluated(-math.inf if run.step < warm else -scores[names_of(config)[0]], **scores,
+                              **gradients_at_encoder(tokenizer, part, args))
+                machine.print(f"step {run.step:,}, val: {report(config, scores)}")
+            machine.barrier()
+            run.save_last()
+    run.report_speed()
+    if machine.rank == 0:
+        finish(tokenizer, run, clips_of("test", False), make_batch, args, machine)
+    machine.barrier()
+
+
+@torch.no_grad()
+def embed(tokenizer, model, batch, args, machine):
+    """E(X) of a batch on all processes: (patches, code_dim)."""
+    parts = machine.parts(model, batch, args.accumulate)
+    vectors = torch.cat([tokenizer.embed(part["frames"].float() / 255) for part in parts])
+    return machine.gather(vectors).flatten(0, 3)
+
+
+def step_generator(args, run):
+    """A generator of this step, the same on all processes."""
+    return torch.Generator().manual_seed(args.seed * 1_000_003 + run.step)
 
 
 def names_of(config):
-    """What metrics.jsonl calls the target's loss, what stands beside it, and its gradient."""
-    return (("word_loss", "word_recall", "word_gradient") if config.tokenizer_target == "words" else
-            ("pixel_loss", "pixel_mean_colour", "pixel_gradient"))
+    """What metrics.jsonl calls the loss, what stands beside it, and its gradient."""
+    return WORDS if config.tokenizer_target == "words" else PIXELS
 
 
 @torch.no_grad()
 def evaluate(tokenizer, loader, args, machine):
-    """On held-out clips: the loss, what stands beside it, and how much of the codebook is in use."""
+    """On held-out clips: the loss, what stands beside it, and how much of the codebook is in use.
+
+    Beside the words' loss: their recall, of a caption's k words those among the k that score highest; beside
+    the pixels': the squared error of a clip's mean colour.
+    """
     tokenizer.eval()
-    c = tokenizer.config
-    counts, sums, beside = torch.zeros(c.codes), torch.zeros(3, dtype=torch.float64), 0.0
-    for batch, _ in prefetch(loader, machine.device):
+    config, n = tokenizer.config, 0
+    sums, beside, counts = torch.zeros(2), 0.0, torch.zeros(config.codes)
+    for batch in loader:
+        frames = batch["frames"].to(machine.device).float() / 255
+        batch = {name: batch[name].to(machine.device) for name in ("ids", "mask")}
         with machine.autocast():
-            read, ids, code_loss = tokenizer(scale(batch["frames"]))
-        n, loss = len(ids), reconstruction_loss(args, c, read, batch)
-        sums += torch.tensor([n * float(loss), n * float(code_loss), n], dtype=torch.float64)
-        beside = beside + beside_the_loss(c, read, batch)
-        counts += torch.bincount(ids.flatten().cpu(), minlength=c.codes)
-    sums, (part, whole) = machine.total(sums), machine.total(beside)
+            read, ids, code_loss = tokenizer(frames)
+            _, first_term = tokenizer_loss(args, config, frames, batch, read, code_loss)
+        sums += len(frames) * torch.stack([first_term, code_loss]).float().cpu()
+        n += len(frames)
+        counts += torch.bincount(ids.flatten().cpu(), minlength=config.codes)
+        if config.tokenizer_target == "pixels":
+            errors = (frames - frames.mean((1, 3, 4), keepdim=True)) ** 2
+            beside = beside + torch.tensor([[errors.sum()], [errors.numel()]])
+        else:
+            words = words_present(batch["ids"], batch["mask"], config.vocab_size)
+            ranks = read.float().argsort(1, descending=True).argsort(1)
+            found = (ranks < words.sum(1, keepdim=True)) * words
+            beside = beside + torch.stack([found.sum(0), words.sum(0)]).cpu()               # (2, K)
     tokenizer.train()
-    loss_name, beside_name, _ = names_of(c)
-    scores = {loss_name: float(sums[0] / sums[2]), "code_loss": float(sums[1] / sums[2]),
-              beside_name: float(part.sum() / whole.sum()), **usage(machine.total(counts))}
-    if c.tokenizer_target == "words":       # each word counts the same, the rare ones as the common
+    (part, whole), (loss_name, beside_name, _) = beside, names_of(config)
+    scores = {loss_name: float(sums[0] / n), "code_loss": float(sums[1] / n),
+              beside_name: float(part.sum() / whole.sum()), **codebook_usage(counts)}
+    if config.tokenizer_target == "words":      # each word counts the same, the rare ones as the common
         scores["word_recall_macro"] = float((part / whole)[whole > 0].mean())
     return scores
 
 
-def usage(counts):
-    """The share of codes that occur, the paper's vocabulary rate, and their distribution's perplexity. Of how
-    many clips the paper does not say; here of a split's first MOST_EVALUATED."""
-    share = counts[counts > 0] / counts.sum()
-    return {"codebook_usage": len(share) / len(counts),
-            "codebook_perplexity": float(torch.exp(-(share * share.log()).sum()))}
-
-
-@torch.no_grad()
-def codebook_in_use(tokenizer, loader, machine):
-    """`usage` on the clips of a loader."""
-    ids = [tokenizer.tokenize(scale(batch["frames"])).flatten().cpu()
-           for batch, _ in prefetch(loader, machine.device)]
-    return usage(torch.bincount(torch.cat(ids), minlength=tokenizer.config.codes))
-
-
 def gradients_at_encoder(tokenizer, batch, args):
-    """Norms of the gradients that the reconstruction and the code terms of Eq. (7) each send to E(X)."""
-    embedded = tokenizer.embed(scale(batch["frames"])).detach().requires_grad_()
+    """Norms of the gradients that the first term and the code terms of Eq. (7) each send to E(X)."""
+    frames, config = batch["frames"].float() / 255, tokenizer.config
+    embedded = tokenizer.embed(frames).detach().requires_grad_()
     quantized, _, code_loss = tokenizer.quantizer(embedded)
-    c = tokenizer.config
-    loss = c.target_weight * reconstruction_loss(args, c, tokenizer.reconstruct(quantized), batch)
+    loss, _ = tokenizer_loss(args, config, frames, batch, tokenizer.reconstruct(quantized), 0.0)
     return {name: float(torch.autograd.grad(term, embedded, retain_graph=True)[0].norm())
-            for name, term in ((names_of(c)[2], loss), ("code_gradient", code_loss))}
-
-
-# --------------------------------------------------------------------------------------------------- training
-
-
-def train(args, machine):
-    """Trains a tokenizer as the flags say, from nothing or from where it was, and leaves its pictures."""
-    config = configure(args, stage="tokenizer_")
-    config = replace(config, word_weight=config.word_weight if args.word_weight is None else args.word_weight,
-                     tokenizer_warm=config.tokenizer_warm if args.warm is None else args.warm,
-                     tokenizer_revive=config.tokenizer_revive if args.revive_after is None
-                     else args.revive_after,
-                     tokenizer_target=args.target, tokenizer_encoder=args.encoder)
-    splits = open_clips(args, machine)
-    wordpiece, config = make_vocabulary(args, config, captions_of(splits["train"]), machine)
-    clips = clips_of(splits["train"], config, args, train=True, mismatched=False)
-    torch.manual_seed(args.seed)
-    tokenizer = SemanticTokenizer(config).to(machine.device)
-    collate = TokenizerBatch(wordpiece, config)
-    if args.init_tokenizer and not args.resume:
-        machine.say(load_published(tokenizer.encoder, args.init_tokenizer))
-    elif tokenizer.sees_neighbours and not args.resume:
-        tokenizer.start(first_frames(splits["train"], collate, config, args, machine, 32))
-    optimizer = make_optimizer(tokenizer, args.lr, config.weight_decay, machine.device)
-    run = Run(args, "tokenizer", config, wordpiece.vocab, ("loss", "init_tokenizer"), machine)
-    run.start(tokenizer, optimizer, args.resume)
-
-    batches = batches_left(clips, run, args, machine)
-    look = between_evaluations(run.steps)
-    warm, last_revival = round(config.tokenizer_warm * run.steps), 0.8 * run.steps
-    held_out = evaluation_loader(splits["val"], collate, config, args, machine)
-    model = machine.wrap(tokenizer, args.compile)
-    used = run.state.get("used", torch.zeros(config.codes)).to(machine.device)
-    loss_name = names_of(config)[0]
-
-    machine.say(f"tokenizer: {len(clips):,} clips, {run.steps:,} steps of {batches.batch_size} clips, "
-                f"{machine}")
-    for batch in run.steps_of(make_loader(clips, batches, collate, args, machine)):
-        run.set_learning_rate(args.lr, config.warmup)
-        if run.step == warm:
-            tokenizer.quantizer.start(embedded(tokenizer, batch), run.generator())
-            machine.shared(tokenizer.quantizer.codebook.data)
-        losses, chosen = learn(model, batch, run.step >= warm, batches.batch_size, config, args, machine)
-        run.optimise(losses)
-        used += chosen
-        if config.tokenizer_revive and run.step % config.tokenizer_revive == 0 and (
-                warm < run.step < last_revival):
-            used = machine.total(used)
-            tokenizer.quantizer.revive(used > 0, embedded(tokenizer, batch), run.generator())
-            machine.shared(tokenizer.quantizer.codebook.data)
-            used.zero_()
-        run.state["used"] = used
-        if run.step % look == 0 or run.step == run.steps:
-            scores = evaluate(tokenizer, held_out, args, machine)
-            run.log(split="val", **scores, **gradients_at_encoder(tokenizer, batch, args))
-            run.save_best(-math.inf if run.step < warm else -scores[loss_name])
-            machine.say(f"{report(config, scores)}, codes in use {scores['codebook_usage']:.1%}")
-            run.save_last()
-    run.end_of_steps()
-    if machine.main:
-        finish(tokenizer, run, splits, collate, args, machine)
-
-
-def learn(model, batch, quantize, batch_size, config, args, machine):
-    """The gradients of Eq. (7) on a batch, in parts (--accumulate) -> this process's shares of its first term
-    and of the code terms (2,), and how many cells chose each code (M,)."""
-    losses, chosen = torch.zeros(2, device=machine.device), torch.zeros(config.codes, device=machine.device)
-    for part, sync in machine.parts(model, batch, args.accumulate):
-        with sync, machine.autocast():
-            read, ids, code_loss = model(scale(part["frames"]), quantize=quantize)
-            share = len(ids) / batch_size * machine.world               # of this part in the batch's mean
-            target_term = share * reconstruction_loss(args, config, read, part)
-            # Eq. (7). 3.4 adds "L_SVQ and L_TOKEN", but L_SVQ holds L_TOKEN, which counts once.
-            loss = config.target_weight * target_term + share * code_loss
-        loss.backward()
-        losses += torch.stack([target_term.detach(), share * code_loss.detach()])
-        chosen += torch.bincount(ids.flatten(), minlength=config.codes)
-    return losses, chosen
-
-
-def embedded(tokenizer, batch):
-    """E(X) of a batch without gradient: (cells of all clips, code_dim)."""
-    with torch.no_grad():
-        return tokenizer.embed(scale(batch["frames"])).flatten(0, 3)
-
-
-def finish(tokenizer, run, splits, collate, args, machine):
-    """Scores best.pt on the test split, draws the pictures, says what was learned."""
-    alone = machine.alone()
-    tokenizer.load_state_dict(load(run.folder / "best.pt", "tokenizer")["model"])
-    loader = evaluation_loader(splits["test"], collate, tokenizer.config, args, alone)
-    scores = evaluate(tokenizer, loader, args, alone)
-    run.log(split="test", **scores)
-    metrics = [line for line in run.metrics() if line["split"] == "val"]
-    series = {name: [(line["step"], line[name]) for line in metrics]
-              for name in metrics[0] if name != "split"}
-    c, (loss_name, beside_name, _) = tokenizer.config, names_of(tokenizer.config)
-    of_words = c.tokenizer_target == "words"
-    panels = [("words found, val", {"recall": series[beside_name]}, {}, True) if of_words else
-              ("squared error of pixels, val", {"error": series[loss_name]},
-               {"mean colour": series[beside_name][-1][1]}, False),
-              ("codes in use, val", {"usage": series["codebook_usage"]}, {}, True),
-              ("losses, val", {c.tokenizer_target: series[loss_name], "codes": series["code_loss"]}, {},
-               False)]
-    pictures.curves(panels, run.folder / "curves.png",
-                    "Semantic tokenizer (3.3)" if of_words else "Tokenizer of pixels (4.3)")
-    draw_codebook(tokenizer, loader, collate.wordpiece, run.folder, alone)
-    print(f"test: {report(c, scores)}; {scores['codebook_usage']:.1%} of {c.codes:,} codes in use, "
-          f"perplexity {scores['codebook_perplexity']:.1f}")
-    run.say_end(f"python pretrain.py{same_set(args)} --tokenizer {run.folder}")
+            for name, term in ((names_of(config)[2], loss), ("code_gradient", code_loss))}
 
 
 def report(config, scores):
-    """What was read from the codes, said in a line."""
+    """What was read from the codes, in a line."""
     if config.tokenizer_target == "pixels":
-        return (f"squared error of pixels {scores['pixel_loss']:.4f} (a clip's mean colour: "
-                f"{scores['pixel_mean_colour']:.4f})")
-    return (f"word loss {scores['word_loss']:.4f}, {scores['word_recall']:.1%} of a caption's words are "
-            f"among as many that score highest; averaged over words {scores['word_recall_macro']:.1%}")
+        read = f"squared error {scores['pixel_loss']:.4f} (mean colour {scores['pixel_mean_colour']:.4f})"
+    else:
+        read = f"words found {scores['word_recall']:.1%} (mean over words {scores['word_recall_macro']:.1%})"
+    return (f"{read}; of {config.codes:,} codes {scores['codebook_usage']:.1%} in use, perplexity "
+            f"{scores['codebook_perplexity']:.1f}")
+
+
+def finish(tokenizer, run, clips, make_batch, args, machine):
+    """Scores best.pt on the test split, draws the pictures."""
+    fill(tokenizer, load(run.folder, "tokenizer"))
+    config = tokenizer.config
+    loader = make_loader(clips, in_order(clips, EVALUATED), make_batch, args.workers)
+    scores = evaluate(tokenizer, loader, args, machine)
+    run.log("test", **scores)
+    val = [line for line in run.metrics() if line["split"] == "val"]
+    loss_name, beside_name, _ = names_of(config)
+
+    def series(name):
+        return [(line["step"], line[name]) for line in val]
+
+    losses = {config.tokenizer_target: series(loss_name), "codes": series("code_loss")}
+    panels = [("codes in use, val", {"usage": series("codebook_usage")}, {}, True),
+              ("losses, val", losses, {}, False)]
+    if config.tokenizer_target == "words":
+        panels.insert(0, ("words found, val", {"recall": series(beside_name)}, {}, True))
+    plots.curves(panels, run.folder / "curves.png", f"Tokenizer of {config.tokenizer_target}")
+    draw_codebook(tokenizer, loader, make_batch.wordpiece, run.folder / "codebook.png", machine)
+    print(f"test: {report(config, scores)}")
+    print(f"look at {run.folder}/codebook.png and curves.png; broken clips: {len(run.broken)}")
+    print("next: python pretrain.py, with --tokenizer DIR if this was not the default --out")
 
 
 @torch.no_grad()
-def words_predicted(tokenizer):
-    """The words that each code predicts, of a clip that is this code everywhere: probabilities (M, K), and by
-    how much each exceeds its mean over the codes."""
-    c = tokenizer.config
-    codebook = F.normalize(tokenizer.quantizer.codebook, dim=-1)[:, None, None, None]
-    scores = torch.cat([tokenizer.read_words(codes.expand(-1, c.frames, c.grid, c.grid, -1)).sigmoid().cpu()
-                        for codes in codebook.split(64)])
-    return scores, scores - scores.mean(0)
+def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8):
+    """codebook.png: patches that carry each of the most used codes, and words that go with the code.
 
-
-def words_beside(carried, present):
-    """The words in the captions of the clips that carry each code. carried (B, M), present (B, K) -> how many
-    times as often as in all captions a word is there (M, K), and its share there less its share in all."""
-    among, overall = carried.t() @ present / carried.sum(0).clamp(min=1)[:, None], present.mean(0)
-    return among / overall.clamp(min=1 / len(present)), among - overall
-
-
-@torch.no_grad()
-def look_up_cells(tokenizer, loader, machine):
-    """-> some cells of each code, {code: [uint8 (32, 32, 3)]}, two a batch, to be of many clips; how many
-    cells each code has (M,); the codes of each clip (B, M), and the words of its caption (B, K)."""
-    c, cells = tokenizer.config, {}
-    counts, carried, present = torch.zeros(c.codes), [], []
-    for batch, _ in prefetch(loader, machine.device):
-        ids = tokenizer.tokenize(scale(batch["frames"])).cpu()
-        counts += torch.bincount(ids.flatten(), minlength=c.codes)
-        carried.append(torch.zeros(len(ids), c.codes).scatter_(1, ids.flatten(1), 1.0))
-        present.append(words_present(batch["ids"], batch["mask"], c.words).cpu())
-        patches = batch["frames"].cpu().unfold(3, 32, 32).unfold(4, 32, 32)         # (B, T, 3, g, g, 32, 32)
-        patches = patches.permute(0, 1, 3, 4, 5, 6, 2).flatten(0, 3)
-        for code in ids.unique().tolist():
-            cells.setdefault(code, []).extend(patches[ids.flatten() == code][:2].numpy())
-    return cells, counts, torch.cat(carried), torch.cat(present)
-
-
-def draw_codebook(tokenizer, loader, wordpiece, folder, machine, tiles=24, crops=8):
-    """codebook.png: cells that carry each of the most used codes, and the words it predicts most strongly;
-    circle.png, where codes are two numbers: all codes in use, where they lie.
-
-    A tokenizer of pixels predicts no words: those below its cells are the ones that the captions of its clips
-    have oftener than others. A semantic one has these above the cells, so that the two can be compared.
+    Of a semantic tokenizer these are the words that it predicts, for a clip that is this code everywhere,
+    above their frequency in captions; of a tokenizer of pixels, words that captions of the code's clips have
+    oftener than others.
     """
     tokenizer.eval()
-    cells, counts, carried, present = look_up_cells(tokenizer, loader, machine)
-    beside = words_beside(carried, present)
-    predicted = words_predicted(tokenizer) if tokenizer.config.tokenizer_target == "words" else None
-    used = counts.argsort(descending=True)[:int((counts > 0).sum())].tolist()
-
-    def strongest(code, values, lifts):
-        words = lifts[code].topk(4).indices
-        return [(wordpiece.vocab[len(SPECIAL) + k], float(values[code, k])) for k in words]
-
+    c, patches_of, carried, present = tokenizer.config, {}, [], []
+    counts = torch.zeros(c.codes)
+    for batch in loader:
+        frames = batch["frames"].to(machine.device)
+        ids = tokenizer.tokenize(frames.float() / 255).cpu()
+        counts += torch.bincount(ids.flatten(), minlength=c.codes)
+        carried.append(torch.zeros(len(ids), c.codes).scatter_(1, ids.flatten(1), 1.0))
+        present.append(words_present(batch["ids"], batch["mask"], c.vocab_size))
+        patches = batch["frames"].unfold(3, 32, 32).unfold(4, 32, 32)                # (B, T, 3, g, g, 32, 32)
+        patches = patches.permute(0, 1, 3, 4, 5, 6, 2).flatten(0, 3)
+        for code in ids.unique().tolist():
+            patches_of.setdefault(code, []).extend(patches[ids.flatten() == code][:2])
+    carried, present = torch.cat(carried), torch.cat(present)
+    drawn = counts.argsort(descending=True)[:min(tiles, int((counts > 0).sum()))]
+    if c.tokenizer_target == "words":
+        codes = F.normalize(tokenizer.quantizer.codebook, dim=-1)[drawn.to(machine.device), None, None, None]
+        clip = codes.expand(-1, c.frames, c.grid, c.grid, -1)
+        shown, title = tokenizer.read_words(clip).sigmoid().cpu(), "words predicted"
+    else:
+        shown = carried[:, drawn].t() @ present / carried[:, drawn].sum(0)[:, None]
+        title = "words of their clips' captions"
     entries = []
-    for code in used[:tiles]:
-        label, words = f"code {code} · {counts[code] / counts.sum():.1%} of cells", strongest(code, *beside)
-        if predicted:
-            label += " · in captions: " + ", ".join(f"{word} {times:.1f}x" for word, times in words)
-            words = strongest(code, *predicted)
-        entries.append((label, np.stack(cells[code][:crops]), words))
-    shown = "words predicted" if predicted else "words of their clips' captions, times as often as in all"
-    pictures.codebook(entries, folder / "codebook.png", f"What the most used codes stand for: {shown}")
-    if tokenizer.config.code_dim == 2:
-        points = tokenizer.quantizer.codebook.detach().cpu().numpy()
-        pictures.circle([(points[code], cells[code][0], strongest(code, *(predicted or beside))[0][0])
-                         for code in used], folder / "circle.png", "Codes of two numbers, where they lie")
+    for code, words in zip(drawn.tolist(), shown):
+        strongest = (words - present.mean(0)).topk(min(4, len(words))).indices.tolist()
+        entries.append((f"code {code} · {counts[code] / counts.sum():.1%} of patches",
+                        torch.stack(patches_of[code][:crops]).numpy(),
+                        [(wordpiece.vocab[len(SPECIAL) + k], float(words[k])) for k in strongest]))
+    plots.codebook(entries, path, f"What the most used codes stand for: {title}")
 
 
 def main():
-    args = parse()
-    train(args, set_up(args.device, args.precision))
+    train(parse())
 
 
 if __name__ == "__main__":
