@@ -11,11 +11,11 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny():
-    """All of the method at 2 frames of 64x64: no two widths alike, fewer words than rows, dropout off."""
+    """All of the method at 2 frames of 64x64: no two widths alike, rows without a word, dropout off."""
     return replace(Config.toy(), frames=2, size=64, depths=(1, 2, 2, 1), dims=(8, 12, 20, 28),
                    kernels=(3, 5, 7, 3), scales=(2, 2, 3, 4), xca_heads=4, layer_scale=0.5, vocab_rows=40,
-                   words=33, positions=16, text_width=16, text_layers=2, text_heads=2, max_words=8, width=36,
-                   video_positions=0.5, decoder_layers=2, decoder_heads=3, decoder_pre_norm=False,
+                   vocab_size=33, positions=16, text_width=16, text_layers=2, text_heads=2, max_words=8,
+                   width=36, video_positions=0.5, decoder_layers=2, decoder_heads=3, decoder_pre_norm=False,
                    dropout=0.0, codes=11, code_dim=6, vit_width=24, vit_layers=2, vit_heads=3,
                    tokenizer_width=32, tokenizer_layers=2, tokenizer_heads=2)
 

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 
 
+def near(ours, plainly, atol=1e-9):
+    torch.testing.assert_close(ours, plainly.to(ours.dtype), atol=atol, rtol=1e-6)
+
+
 def weights(module):
     return {name: value.double() for name, value in module.state_dict().items()}
 
@@ -131,13 +135,13 @@ def sdta_encoder(x, w, at, scales, heads, positions):
     if positions:
         y = y + F.conv2d(fourier(H, W)[None], w[at + "pos_embd.token_projection.weight"],
                          w[at + "pos_embd.token_projection.bias"])
-    y = y.flatten(2).transpose(1, 2)                                                        # (N, cells, C)
+    y = y.flatten(2).transpose(1, 2)                                                        # (N, patches, C)
     qkv, attended, c = (linear(norm(y, w, at + "norm_xca", 1e-6), w, at + "xca.qkv"), [],
                         C // heads)
     for n in range(N):
         channels = []
         for h in range(heads):
-            # each (c, cells)
+            # each (c, patches)
             q, k, v = (qkv[n, :, which * C + h * c:which * C + (h + 1) * c].T for which in range(3))
             q, k = (m / m.norm(dim=1, keepdim=True) for m in (q, k))
             channels.append(softmax(q @ k.T * w[at + "xca.temperature"][h]) @ v)
@@ -178,12 +182,12 @@ def published_bert(ids, w, heads, seen, at="bert."):
 
 
 def tokens_of_patches(x, kernel, cls, positions):
-    """CLS, then 32x32 patches row by row, and their positions: (N, 3, H, W) -> (N, 1 + cells, width)."""
+    """CLS, then 32x32 patches row by row, and their positions: (N, 3, H, W) -> (N, 1 + patches, width)."""
     rows = []
     for image in x:
-        cells = [(kernel * image[:, y:y + 32, c:c + 32]).sum((1, 2, 3))
+        patches = [(kernel * image[:, y:y + 32, c:c + 32]).sum((1, 2, 3))
                  for y in range(0, image.shape[1], 32) for c in range(0, image.shape[2], 32)]
-        rows.append(torch.stack([cls, *cells]) + positions)
+        rows.append(torch.stack([cls, *patches]) + positions)
     return torch.stack(rows)
 
 
@@ -218,8 +222,8 @@ def clip_hugging_face(x, w, heads, positions, at="vision_model."):
 
 
 def swin_attention(x, w, at, heads, window, shifted):
-    """Liu et al., "Video Swin Transformer", 2022, without windows: all cells (B, T, H, W, C) at once; a pair
-    of them counts that shares a window of the padded, shifted grid and does not meet across its ends."""
+    """Liu et al., "Video Swin Transformer", 2022, without windows: all patches (B, T, H, W, C) at once. A
+    pair counts where it lies in one window of the padded, shifted grid and does not meet across its ends."""
     sides, C = x.shape[1:4], x.shape[-1]
     small = [min(n, m) for n, m in zip(sides, window)]
     shift = [m // 2 if shifted and n > m else 0 for n, m in zip(sides, window)]
@@ -227,9 +231,9 @@ def swin_attention(x, w, at, heads, window, shifted):
     y = torch.zeros(len(x), *padded, C, dtype=x.dtype)
     y[:, :sides[0], :sides[1], :sides[2]] = x
     groups, group, place = {}, [], []
-    for cell in itertools.product(*map(range, padded)):
-        moved = [(p - s) % n for p, s, n in zip(cell, shift, padded)]
-        meets = tuple((m // k, p < s) for m, k, p, s in zip(moved, small, cell, shift))
+    for patch in itertools.product(*map(range, padded)):
+        moved = [(p - s) % n for p, s, n in zip(patch, shift, padded)]
+        meets = tuple((m // k, p < s) for m, k, p, s in zip(moved, small, patch, shift))
         group.append(groups.setdefault(meets, len(groups)))
         t, r, c = (m % k for m, k in zip(moved, small))
         number = (t * small[1] + r) * small[2] + c      # in its window; in the release it means a whole one's
@@ -274,12 +278,12 @@ def bicubic(s, g):
         return ((a + 2) * d ** 3 - (a + 3) * d ** 2 + 1 if d <= 1
                 else a * (d ** 3 - 5 * d ** 2 + 8 * d - 4) if d < 2 else 0.0)
 
-    share = torch.zeros(g, s, dtype=torch.float64)
+    weights = torch.zeros(g, s, dtype=torch.float64)
     for i in range(g):
         centre = (i + 0.5) * s / g - 0.5
         for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
-            share[i, min(s - 1, max(0, j))] += kernel(centre - j)
-    return share
+            weights[i, min(s - 1, max(0, j))] += kernel(centre - j)
+    return weights
 
 
 def assert_trained_alike(one, two):

@@ -1,15 +1,13 @@
-"""3.3, the semantic tokenizer: Eq. (4) to (7) against plain computations, CLIP's ViT, the codes of a clip."""
+"""3.3, the semantic tokenizer: CLIP's ViT, Eq. (4) to (7) against plain computations, a clip's codes."""
 import numpy as np
 import plain
 import pytest
 import torch
 import torch.nn.functional as F
 
-from evilm import CLS, SEP, SemanticTokenizer, VectorQuantizer, ViT, focal_loss, words_present
-
-
-def near(ours, plainly, atol=1e-9):
-    torch.testing.assert_close(ours, plainly.to(ours.dtype), atol=atol, rtol=1e-6)
+from evilm import (CLS, SEP, SemanticTokenizer, VectorQuantizer, ViT, focal_loss, pad, svq_loss,
+                   words_present)
+from plain import near
 
 
 @pytest.fixture
@@ -28,31 +26,23 @@ def frames():
 def test_vit_is_clips(randomise):
     vit = randomise(ViT(size=96, patch=32, width=24, layers=3, heads=4).double())
     w, x = plain.weights(vit), torch.randn(2, 3, 96, 96, dtype=torch.float64)
-    tokens = torch.empty(2, 10, 24, dtype=torch.float64)
-    for n in range(2):
-        tokens[n, 0] = w["cls"] + w["positions"][0]
-        for cell in range(9):
-            y, column = divmod(cell, 3)
-            patch = x[n, :, 32 * y:32 * y + 32, 32 * column:32 * column + 32]
-            tokens[n, 1 + cell] = (w["patch.weight"] * patch).sum((1, 2, 3)) + w["positions"][1 + cell]
+    tokens = plain.tokens_of_patches(x, w["patch.weight"], w["cls"], w["positions"])
     with torch.no_grad():
         ours = vit(x)
-    assert ours.shape == (2, 9, 24)
-    # no CLS, no last norm
+    assert ours.shape == (2, 9, 24)                                             # no CLS, no last norm
     near(ours, plain.clip(plain.norm(tokens, w, "norm", 1e-5), w, 3, 4, "blocks.")[:, 1:])
 
 
 def test_frames_are_embedded_in_clips_scale_in_order(tokenizer, frames):
     mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    w = plain.weights(tokenizer)
     with torch.no_grad():
         embedded = tokenizer.embed(frames)
         assert embedded.shape == (3, 2, 2, 2, 6)
-        for b in range(3):
-            for t in range(2):
-                scaled = torch.stack([(frames[b, t, c] - mean[c]) / deviation[c] for c in range(3)])
-                cells = plain.linear(tokenizer.encoder(scaled[None])[0].double(), plain.weights(tokenizer),
-                                     "proj")
-                near(embedded[b, t].flatten(0, 1), cells, atol=3e-3)
+        for b, t in np.ndindex(3, 2):
+            scaled = torch.stack([(frames[b, t, c] - mean[c]) / deviation[c] for c in range(3)])
+            patches = plain.linear(tokenizer.encoder(scaled[None])[0].double(), w, "proj")
+            near(embedded[b, t].flatten(0, 1), patches, atol=3e-3)
 
 
 # ---------------------------------------------------------------------------------------- Eq. (4), (7): codes
@@ -63,12 +53,12 @@ def unit(x):
 
 
 def nearest(x, codebook):
-    """Eq. (4) one cell at a time: the code at the least Euclidean distance, both sides l2-normalised."""
+    """Eq. (4) one patch at a time: the code at the least Euclidean distance, both sides l2-normalised."""
     x, codebook = unit(x.double().numpy()), unit(codebook.double().numpy())
     found = np.empty(x.shape[:-1], np.int64)
-    for cell in np.ndindex(found.shape):
-        distances = [np.sqrt(((x[cell] - code) ** 2).sum()) for code in codebook]
-        found[cell] = int(np.argmin(distances))
+    for patch in np.ndindex(found.shape):
+        distances = [np.sqrt(((x[patch] - code) ** 2).sum()) for code in codebook]
+        found[patch] = int(np.argmin(distances))
     return torch.from_numpy(found), torch.from_numpy(codebook[found])
 
 
@@ -101,7 +91,7 @@ def test_eq7_code_terms(quantizer):
     x = torch.randn(2, 4, 6, requires_grad=True)
     _, ids, loss = quantizer(x)
     a, c = unit(x.detach().double().numpy()), unit(quantizer.codebook.detach().double().numpy())
-    squared = [((a[cell] - c[ids[cell]]) ** 2).sum() for cell in np.ndindex(2, 4)]
+    squared = [((a[patch] - c[ids[patch]]) ** 2).sum() for patch in np.ndindex(2, 4)]
     assert loss.item() == pytest.approx(2 * np.mean(squared), rel=1e-5)         # both terms have this value
 
 
@@ -130,29 +120,28 @@ def test_straight_through_copies_the_codes_gradient_to_the_encoder(quantizer):
     assert to_codes is None or not to_codes.any()
 
 
-def test_revive_moves_dead_codes_alone_onto_given_vectors(quantizer):
+def test_move_codes_moves_only_the_codes_asked_for_onto_given_vectors(quantizer):
     before, vectors = quantizer.codebook.detach().clone(), 5 * torch.randn(30, 6)
-    used = torch.arange(50) % 3 > 0                                             # 17 are dead
-    quantizer.revive(used, vectors, torch.Generator().manual_seed(1))
-    after = quantizer.codebook.detach()
-    assert torch.equal(after[used], before[used])
-    alike = F.normalize(after[~used], dim=-1) @ F.normalize(vectors, dim=-1).T
-    near(alike.amax(1), torch.ones(17), atol=1e-5)
-    assert len(alike.argmax(1).unique()) > 5                                    # drawn, not all the same one
-    assert len(quantizer(vectors)[1].unique()) > 5
-    again = VectorQuantizer(50, 6)
-    again.revive(used, vectors, torch.Generator().manual_seed(1))
-    assert torch.equal(again.codebook[~used], after[~used])
-    quantizer.revive(used | True, vectors, torch.Generator())                   # none is dead
+    unused = torch.arange(50) % 3 == 0                                          # 17 of the 50
+    quantizer.move_codes(unused, vectors, torch.Generator().manual_seed(1))
+    after = quantizer.codebook.detach().clone()
+    assert torch.equal(after[~unused], before[~unused])
+    assert len(quantizer(vectors)[1].unique()) >= 17                            # now they are nearest codes
+    quantizer.move_codes(unused & False, vectors, torch.Generator())            # none is asked for
     assert torch.equal(quantizer.codebook, after) and quantizer.codebook.requires_grad
 
 
-def test_the_codebook_can_start_at_encoder_outputs(quantizer):
-    vectors = 5 * torch.randn(30, 6)
-    quantizer.start(vectors, torch.Generator().manual_seed(1))
-    alike = F.normalize(quantizer.codebook.detach(), dim=-1) @ F.normalize(vectors, dim=-1).T
-    near(alike.amax(1), torch.ones(50), atol=1e-5)
-    assert len(alike.argmax(1).unique()) > 10
+@pytest.mark.parametrize("vectors", [200, 50, 30])
+def test_move_codes_draws_without_replacement(quantizer, vectors):
+    before, x = quantizer.codebook.detach().clone(), torch.randn(vectors, 6)
+    quantizer.move_codes(torch.ones(50, dtype=torch.bool), x, torch.Generator().manual_seed(1))
+    moved, after = min(50, vectors), quantizer.codebook.detach().clone()
+    nearness, drawn = (F.normalize(after[:moved], dim=-1) @ F.normalize(x, dim=-1).T).max(1)
+    near(nearness, torch.ones(moved), atol=1e-5)
+    assert len(drawn.unique()) == moved and drawn.tolist() != list(range(moved))
+    assert torch.equal(after[moved:], before[moved:])                           # codes without a vector stay
+    quantizer.move_codes(torch.ones(50, dtype=torch.bool), x, torch.Generator().manual_seed(1))
+    assert torch.equal(quantizer.codebook, after)                       # it follows from the generator
 
 
 # ---------------------------------------------------------------------------------------- Eq. (5), (6): words
@@ -216,16 +205,31 @@ def test_eq6_does_not_overflow():
 
 
 def test_eq6_words_of_a_caption():
-    ids = torch.tensor([[CLS, 7, 9, 7, SEP, 0], [CLS, 1, SEP, 0, 0, 0], [CLS, 5, 12, 6, 11, SEP]])
-    present = words_present(ids, ids > 0, 13)
-    expected = torch.zeros(3, 8)
-    for b, row in enumerate(ids.tolist()):
-        for word in row:
-            if word > 4:
-                expected[b, word - 5] = 1
-    assert torch.equal(present, expected) and present.sum() == 6
+    ids, mask = pad([[CLS, 7, 9, 7, SEP], [CLS, 1, SEP], [CLS, 5, 12, 6, 11, SEP]])
+    expected = torch.zeros(3, 8)                                                # words 5 to 12
+    for b, word in ((0, 7), (0, 9), (2, 5), (2, 12), (2, 6), (2, 11)):
+        expected[b, word - 5] = 1
+    assert torch.equal(words_present(ids, mask, 13), expected)
     stray = torch.tensor([[CLS, 7, SEP, 8]])
     assert words_present(stray, torch.tensor([[True, True, True, False]]), 13).nonzero().tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("word_weight", [1.0, 30.0])
+def test_eq7_svq_loss(quantizer, word_weight):
+    logits, words, x = 2 * torch.randn(2, 9), (torch.rand(2, 9) < 0.3).float(), torch.randn(2, 4, 6)
+    _, ids, code_loss = quantizer(x)
+    e, c = unit(x.double().numpy()), unit(quantizer.codebook.detach().double().numpy())[ids]
+    codes = 2 * ((e - c) ** 2).sum(-1).mean()
+    for logits in (logits, logits.bfloat16()):                                  # as under autocast
+        token = focal(logits.float().numpy(), words.numpy())
+        loss, parts = svq_loss(logits, words, code_loss, word_weight)
+        assert {name: part.item() for name, part in parts.items()} == pytest.approx(
+            {"token": token, "codes": codes}, rel=1e-5)
+        assert loss.item() == pytest.approx(word_weight * token + codes, rel=1e-5)      # L_TOKEN counts once
+        assert loss.dtype == torch.float32
+    leaves = [torch.randn(2, 9).requires_grad_(), torch.ones(()).requires_grad_()]      # both terms teach
+    svq_loss(leaves[0], words, leaves[1], word_weight)[0].backward()
+    assert leaves[0].grad.abs().sum() > 0 and leaves[1].grad == 1
 
 
 def test_rows_that_no_word_uses_do_not_count_in_K(tokenizer, frames):
@@ -278,7 +282,7 @@ def test_the_words_teach_encoder_and_decoder_and_leave_the_codebook_to_eq7(token
     assert tokenizer.head.weight.grad is None and tokenizer.expand.weight.grad is None
 
 
-def test_tokenize_gives_a_code_a_cell_and_needs_no_gradient(tokenizer, frames):
+def test_tokenize_gives_a_code_a_patch_and_needs_no_gradient(tokenizer, frames):
     graph = []
     watch = tokenizer.proj.register_forward_hook(lambda module, inputs, output:
                                                  graph.append(output.requires_grad))

@@ -1,13 +1,13 @@
-"""3.4, pretraining: Eq. (3) and (8) against plain loops, one masked pass for all, a batch in parts, ranks."""
-
+"""3.4, pre-training: Eq. (3) and (8) against plain loops, the masked pass, a batch in parts."""
 import numpy as np
 import pytest
 import torch
 
-from evilm import CLS, MASK, SEP, EViLM, mlm_loss, mvm_loss, rank_of_truth, vtm_loss
-from train_encoder import tag_loss
+from evilm import (CLS, MASK, SEP, EViLM, joint_scores, mask_frames, mlm_loss, mvm_loss, pretraining_loss,
+                   rank_of_truth, recalls, vtm_loss)
 
 LOSSES = [mvm_loss, mlm_loss, vtm_loss]
+OBJECTIVES = ("vtm", "mlm", "mvm")
 
 
 def near(ours, expected, atol=1e-6):
@@ -20,7 +20,7 @@ def near(ours, expected, atol=1e-6):
 def cross_entropy(logits, targets):
     """The mean of -log p of the right class, one row at a time."""
     total = 0.0
-    for row, target in zip(np.asarray(logits, np.float64), targets):
+    for row, target in zip(np.asarray(logits, np.float64), targets, strict=True):
         total -= np.log(np.exp(row[target] - row.max()) / sum(np.exp(z - row.max()) for z in row))
     return total / len(logits)
 
@@ -29,12 +29,10 @@ def cross_entropy(logits, targets):
 def test_eq3_and_eq8_terms(loss):
     classes = 2 if loss is vtm_loss else 9
     logits, targets = 4 * torch.randn(13, classes), torch.randint(classes, (13,))
-    assert float(loss(logits, targets)) == pytest.approx(cross_entropy(logits.numpy(), targets.numpy()),
-                                                         rel=1e-5)
+    assert float(loss(logits, targets)) == pytest.approx(cross_entropy(logits, targets), rel=1e-5)
     half = loss(logits.bfloat16(), targets)
     assert half.dtype == torch.float32
-    assert float(half) == pytest.approx(cross_entropy(logits.bfloat16().float().numpy(), targets.numpy()),
-                                        rel=1e-5)
+    assert float(half) == pytest.approx(cross_entropy(logits.bfloat16().float(), targets), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -67,38 +65,43 @@ def model(tiny, randomise):
 
 @pytest.fixture
 def batch():
-    """Four clips; their words and cells to predict differ in number, the second has no word to predict."""
+    """Four clips that differ in their number of masked words and patches; the second has no masked word."""
     source = torch.Generator().manual_seed(5)
     ids = torch.tensor([[CLS, 9, 8, 30, 7, SEP], [CLS, 12, SEP, 0, 0, 0],
-                        [CLS, MASK, 6, 22, SEP, 0], [CLS, MASK, MASK, SEP, 0, 0]])
-    wrong = torch.tensor([[CLS, 19, 9, SEP, 0, 0], [CLS, 32, 6, 5, 7, SEP],
-                          [CLS, MASK, SEP, 0, 0, 0], [CLS, 9, 8, SEP, 0, 0]])
-    words = torch.zeros_like(ids, dtype=torch.bool)
-    words[0, 3] = words[2, 1] = words[2, 2] = words[3, 1] = words[3, 2] = True
-    return {"frames": torch.rand(4, 2, 3, 64, 64, generator=source), "ids": ids, "mask": ids > 0,
-            "words": words, "wrong": wrong,
-            "cells": torch.rand(4, 8, generator=source) < torch.tensor([[0.1], [0.5], [0.9], [0.4]]),
-            "truth": torch.randint(5, 33, (4, 6), generator=source),
-            "codes": torch.randint(11, (4, 8), generator=source)}
+                        [CLS, 17, 6, 22, SEP, 0], [CLS, 31, 5, SEP, 0, 0]])
+    mismatched = torch.tensor([[CLS, 19, 9, SEP, 0, 0], [CLS, 32, 6, 5, 7, SEP],
+                               [CLS, MASK, SEP, 0, 0, 0], [CLS, 9, 8, SEP, 0, 0]])
+    masked_words = torch.zeros_like(ids, dtype=torch.bool)
+    masked_words[0, 3] = masked_words[2, 1] = masked_words[2, 3] = masked_words[3, 1:3] = True
+    masked_ids = ids.masked_fill(masked_words, MASK)
+    masked_ids[0, 3] = 30                                                       # one of the 10% that stay
+    ratios = torch.tensor([0.1, 0.5, 0.9, 0.4])[:, None, None, None]
+    return {"frames": torch.rand(4, 2, 3, 64, 64, generator=source), "ids": ids, "masked_ids": masked_ids,
+            "mask": ids > 0, "masked_words": masked_words,
+            "mismatched_ids": mismatched, "mismatched_mask": mismatched > 0,
+            "masked_patches": torch.rand(4, 2, 2, 2, generator=source) < ratios,
+            "labels": torch.randint(11, (4, 2, 2, 2), generator=source)}
 
 
-def masked_pass(model, b):
-    return model(b["frames"], b["ids"], b["mask"], words=b["words"], cells=b["cells"],
-                 mismatched=(b["wrong"], b["wrong"] > 0))
+def masked_pass(model, b, objectives=OBJECTIVES):
+    return model(b["frames"], b["masked_ids"], b["mask"],
+                 masked_words=b["masked_words"] if "mlm" in objectives else None,
+                 masked_patches=b["masked_patches"].flatten(1) if "mvm" in objectives else None,
+                 mismatched=(b["mismatched_ids"], b["mismatched_mask"]) if "vtm" in objectives else None)
 
 
 def calls(module):
     """A list that receives the inputs of each call of `module`."""
-    seen = []
-    module.register_forward_hook(lambda _, inputs, output: seen.append(inputs))
-    return seen
+    received = []
+    module.register_forward_hook(lambda _, inputs, output: received.append(inputs))
+    return received
 
 
 def test_matching_sees_each_video_with_its_caption_and_with_a_wrong_one(model, batch):
     vtm = masked_pass(model, batch)[0]
     video = model.encode_video(batch["frames"])
     expected = [model.vtm_head(model.pooler(model.fuse(video, model.encode_text(ids, ids > 0), ids > 0)[0]))
-                for ids in (batch["ids"], batch["wrong"])]
+                for ids in (batch["masked_ids"], batch["mismatched_ids"])]
     assert vtm.shape == (8, 2)
     near(vtm, torch.cat(expected), atol=1e-5)
     assert (expected[0] - expected[1]).abs().min(1).values.max() > 1e-3
@@ -112,46 +115,44 @@ def test_the_video_encoder_runs_once_a_clip_and_the_decoder_once_a_pair(model, b
 
 
 def test_heads_run_on_masked_positions_of_the_matched_pairs_alone(model, batch):
-    to_words, to_cells = calls(model.mlm_head[0]), calls(model.mvm_head)
+    inputs = calls(model.mlm_head[0]), calls(model.mvm_head)
     _, mlm, mvm = masked_pass(model, batch)
-    n_words, n_cells = int(batch["words"].sum()), int(batch["cells"].sum())
-    assert [x.shape for x, in to_words] == [(n_words, 36)] and [x.shape for x, in to_cells] == [(n_cells, 36)]
-    assert mlm.shape == (n_words, 33) and mvm.shape == (n_cells, 11)
+    words, patches = batch["masked_words"], batch["masked_patches"].flatten(1)
+    n_words, n_patches = int(words.sum()), int(patches.sum())
+    ran_on = [[x.shape for x, in called] for called in inputs]
+    assert mlm.shape == (n_words, 33) and mvm.shape == (n_patches, 11)
 
-    video = model.encode_video(batch["frames"])
-    _, h_text, h_video = model.fuse(video, model.encode_text(batch["ids"], batch["mask"]), batch["mask"])
-    at = [(b, i) for b in range(4) for i in range(6) if batch["words"][b, i]]
+    video, text = model.encode_video(batch["frames"]), model.encode_text(batch["masked_ids"], batch["mask"])
+    _, h_text, h_video = model.fuse(video, text, batch["mask"])
+    at = [(b, i) for b in range(4) for i in range(6) if words[b, i]]
     near(mlm, torch.stack([model.mlm_head(h_text[b, i])[:33] for b, i in at]), atol=1e-5)
-    at = [(b, n) for b in range(4) for n in range(8) if batch["cells"][b, n]]
+    at = [(b, n) for b in range(4) for n in range(8) if patches[b, n]]
     near(mvm, torch.stack([model.mvm_head(h_video[b, n]) for b, n in at]), atol=1e-5)
+    assert ran_on == [[(n_words, 36)], [(n_patches, 36)]], \
+        "the values are right, but the head ran on all positions, also unmasked ones"
 
 
 def test_rows_that_no_word_uses_are_cut_off(model, batch):
-    def mlm():
-        return masked_pass(model, batch)[1]
-
-    before = mlm()
+    before = masked_pass(model, batch)[1]
     with torch.no_grad():
         model.mlm_head[-1].bias[33:] = 1e6                                      # words 33 to 39 do not exist
-        assert len(model.mlm_head[-1].bias) == 40 and torch.equal(mlm(), before)
+        assert len(model.mlm_head[-1].bias) == 40 and torch.equal(masked_pass(model, batch)[1], before)
         model.mlm_head[-1].bias[32] = 1e6
-        assert (mlm().argmax(1) == 32).all()
+        assert (masked_pass(model, batch)[1].argmax(1) == 32).all()
 
 
-@pytest.mark.parametrize("on", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), ()])
+@pytest.mark.parametrize("on", [("vtm",), ("mlm",), ("mvm",), ("vtm", "mlm"), ("vtm", "mvm"), ("mlm", "mvm"),
+                                ()])
 def test_an_objective_that_is_off_leaves_out_its_output_and_its_cost(model, batch, on):
     whole = masked_pass(model, batch)
-    heads, decoder = ([calls(head) for head in (model.vtm_head, model.mlm_head[0], model.mvm_head)],
-                      calls(model.decoder))
-    found = model(batch["frames"], batch["ids"], batch["mask"],
-                  mismatched=(batch["wrong"], batch["wrong"] > 0) if 0 in on else None,
-                  words=batch["words"] if 1 in on else None, cells=batch["cells"] if 2 in on else None)
-    for which in range(3):
-        if which in on:
-            near(found[which], whole[which], atol=1e-5)
+    heads = [calls(head) for head in (model.vtm_head, model.mlm_head[0], model.mvm_head)]
+    decoder = calls(model.decoder)
+    for name, found, expected, called in zip(OBJECTIVES, masked_pass(model, batch, on), whole, heads):
+        if name in on:
+            near(found, expected, atol=1e-5)
         else:
-            assert found[which] is None and not heads[which]
-    assert sum(len(x[0]) for x in decoder) == (8 if 0 in on else 4)
+            assert found is None and not called
+    assert sum(len(x[0]) for x in decoder) == (8 if "vtm" in on else 4)
 
 
 @pytest.mark.parametrize("loss", [0, 1, 2])
@@ -162,51 +163,63 @@ def test_eq8_each_loss_alone_teaches_both_encoders_and_the_decoder(model, batch,
         assert sum(p.grad.abs().sum() for p in part.parameters() if p.grad is not None) > 0
 
 
-# ------------------------------------------------------------------------------------------- a batch in parts
+# ---------------------------------------------------------------------------------------------------- Eq. (8)
 
 
-def losses(model, b, counts):
-    """Eq. (8), each term over the count of the whole batch."""
-    vtm, mlm, mvm = masked_pass(model, b)
-    pairs = torch.arange(len(vtm)).lt(len(vtm) // 2).long()
-    return (vtm_loss(vtm, pairs, counts["pairs"]) + mlm_loss(mlm, b["truth"][b["words"]], counts["words"])
-            + mvm_loss(mvm, b["codes"][b["cells"]], counts["cells"]))
+@pytest.mark.parametrize("mvm_weight", [1.0, 0.25, 0.0])
+def test_eq8_pretraining_loss(model, batch, mvm_weight):
+    frames = mask_frames(batch["frames"], batch["masked_patches"])
+    vtm, mlm, mvm = masked_pass(model, {**batch, "frames": frames})
+    words, patches = batch["masked_words"], batch["masked_patches"]
+    expected = {"vtm": cross_entropy(vtm.detach(), [1] * 4 + [0] * 4),          # the matched pairs come first
+                "mlm": cross_entropy(mlm.detach(), batch["ids"][words]),
+                "mvm": cross_entropy(mvm.detach(), batch["labels"][patches])}
+    before = {name: value.clone() for name, value in batch.items()}
+    loss, losses = pretraining_loss(model, batch, mvm_weight=mvm_weight)
+    assert {name: value.item() for name, value in losses.items()} == pytest.approx(expected, rel=1e-5)
+    total = expected["mlm"] + expected["vtm"] + mvm_weight * expected["mvm"]
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+    assert all(torch.equal(batch[name], before[name]) for name in batch)
+
+
+NEEDED = {"vtm": ("mismatched_ids", "mismatched_mask"), "mlm": ("masked_words",),
+          "mvm": ("masked_patches", "labels")}
+
+
+@pytest.mark.parametrize("on", [("vtm",), ("mlm",), ("mvm",), ("mlm", "mvm"), ("vtm", "mlm")])
+def test_eq8_an_objective_that_is_off_masks_no_frames_and_gives_no_term(model, batch, on):
+    video, off = calls(model.video_encoder), set(OBJECTIVES) - set(on)
+    needed_by_others = {name for objective in off for name in NEEDED[objective]}
+    frames = mask_frames(batch["frames"], batch["masked_patches"]) if "mvm" in on else batch["frames"]
+    for given in (batch, {name: value for name, value in batch.items() if name not in needed_by_others}):
+        loss, losses = pretraining_loss(model, given, on)
+        assert set(losses) == set(on) and torch.equal(loss, sum(losses.values()))
+        assert torch.equal(video[-1][0], model.normalise(frames).flatten(0, 1))
 
 
 @pytest.mark.parametrize("cuts", [(0, 2, 4), (0, 1, 4), (0, 1, 2, 3, 4)])
 def test_eq8_accumulated_gradients_are_those_of_the_whole_batch(tiny, model, batch, cuts):
     assert tiny.dropout == 0
-    counts = {"pairs": 8, "words": int(batch["words"].sum()), "cells": int(batch["cells"].sum())}
+    counts = {"vtm": 8, "mlm": int(batch["masked_words"].sum()), "mvm": int(batch["masked_patches"].sum())}
     model.train().double()
     batch["frames"] = batch["frames"].double()
-    whole = losses(model, batch, dict.fromkeys(counts))
+    whole = pretraining_loss(model, batch)[0]
     whole.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     assert all(grad.abs().sum() > 0 for grad in expected.values())      # Eq. (8) reaches every parameter
     model.zero_grad()
     total = 0.0
     for start, end in zip(cuts, cuts[1:]):
-        part = losses(model, {name: value[start:end] for name, value in batch.items()}, counts)
-        part.backward()
-        total += part.item()
+        part = {name: value[start:end] for name, value in batch.items()}
+        loss = pretraining_loss(model, part, counts=counts)[0]
+        loss.backward()
+        total += loss.item()
     assert total == pytest.approx(whole.item(), rel=1e-6)
     for name, p in model.named_parameters():
         near(p.grad, expected[name])
 
 
-# ------------------------------------------------------------------------------------------------------- tags
-
-
-def test_tag_loss_is_each_kinds_cross_entropy_and_a_tag_without_a_name_adds_nothing():
-    colour, shape = torch.randn(4, 3), torch.randn(4, 5)
-    targets = torch.tensor([[2, 4], [0, -1], [-1, 1], [1, -1]])
-    expected = (3 * cross_entropy(colour[[0, 1, 3]], [2, 0, 1])
-                + 2 * cross_entropy(shape[[0, 2]], [4, 1])) / 4
-    assert float(tag_loss([colour, shape], targets)) == pytest.approx(expected, rel=1e-5)
-    assert float(tag_loss([colour, shape], torch.full((4, 2), -1))) == 0
-
-
-# ------------------------------------------------------------------------------------------------------ ranks
+# ---------------------------------------------------------------------------------------------------- scoring
 
 
 def test_rank_of_truth_counts_every_tie_against_the_query():
@@ -216,8 +229,17 @@ def test_rank_of_truth_counts_every_tie_against_the_query():
     for row, right in zip(scores.tolist(), truth.tolist()):
         expected.append(1 + sum(score >= row[right] for i, score in enumerate(row) if i != right))
     assert rank_of_truth(scores, truth).tolist() == expected
-    assert rank_of_truth(torch.zeros(1, 5), torch.tensor([2])).tolist() == [5]
-    assert rank_of_truth(torch.tensor([[0.1, 0.9, 0.3]]), torch.tensor([1])).tolist() == [1]
+
+
+def test_rank_of_truth_counts_scores_within_the_tolerance_as_ties():
+    scores, truth = torch.tensor([[0.5, 0.4375, 0.25, 0.75]]), torch.tensor([0])
+    for tolerance, rank in ((0.0, 2), (0.0625, 3), (0.125, 3), (0.25, 4)):
+        assert rank_of_truth(scores, truth, tolerance).tolist() == [rank]
+
+
+def test_recalls_count_ranks_up_to_k_and_the_median():
+    found = recalls(torch.tensor([1, 1, 2, 5, 6, 10, 11, 40]))
+    assert found == {"r1": 2 / 8, "r5": 4 / 8, "r10": 6 / 8, "median_rank": 5.5}
 
 
 def test_a_score_is_the_difference_of_the_logits_in_fp32(model, batch):
@@ -229,3 +251,16 @@ def test_a_score_is_the_difference_of_the_logits_in_fp32(model, batch):
         model.vtm_head.weight.zero_()
         model.vtm_head.bias.copy_(torch.tensor([1.0, 4.0]))
         near(model.match(video, text, batch["mask"]), torch.full((4,), 3.0))    # the matching pair is logit 1
+
+
+@pytest.mark.parametrize("part", [1, 3, 200])
+def test_joint_scores_are_the_match_of_each_caption_and_video(model, batch, part):
+    video, ids = torch.randn(5, 8, 36), batch["ids"]                            # padding: 0, 3, 1, 2 tokens
+    text = model.encode_text(ids, ids > 0).detach()
+    scores = joint_scores(model, video, text, ids > 0, part)
+    assert scores.shape == (4, 5) and not scores.requires_grad
+    with torch.no_grad():
+        for q, v in np.ndindex(4, 5):
+            pair = model.match(video[v:v + 1], text[q:q + 1], ids[q:q + 1] > 0)
+            near(scores[q, v], pair[0])
+    assert scores.std(0).min() > 2e-3 and scores.std(1).min() > 2e-3

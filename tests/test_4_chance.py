@@ -1,9 +1,10 @@
 """Multiple choice cannot be answered from one side: models that see only text or only video stay at chance.
 
 Both are trained on the training split of the task itself, the fair meaning of "chance" (section 4's tasks are
-about video and language together). The set is small here; `python tests/test_4_chance.py DIR` trains those that
-see the video on a whole set. Text alone needs no training there: five clips share a question and its options,
-each of which is right for one of them, so whatever reads no more than these is right for one in five.
+about video and language together). The set is small here; `python tests/test_4_chance.py DIR` trains models
+of the video alone on a whole set. Text alone needs no training there: five clips share a question and its
+options, each of which is right for one of them, so a model that reads no more than these is right for one in
+five.
 """
 import math
 import sys
@@ -14,35 +15,36 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import pretrain
-from evilm import Config, EViLM, Machine, WordPiece
-from toy_data import open_splits, render
+from evilm import Config, EViLM, WordPiece
+from toy_data import ClipCaptions, collate, in_order, make_loader, open_splits, render
 
-CPU = Machine(torch.device("cpu"))
 TASKS = ("mc_caption", "mc_action", "mc_transition")
 
 
 def blind_accuracy(folder, task, side, steps, seed=0):
     """Trains a model that sees one side alone on `task` -> (accuracy on test, number of questions)."""
-    splits, _ = open_splits(folder, task)
+    splits = open_splits(folder, task)
     rows = {name: list(splits[name]) for name in ("train", "test")}
     words = WordPiece.from_captions(option for row in rows["train"]
                                     for option in [row["question"], *row["options"]])
-    config = replace(Config.toy(), words=len(words), size=32)   # one cell a frame is enough to be blind with
+    config = replace(Config.toy(), vocab_size=len(words), size=32)      # one patch a frame is enough
     torch.manual_seed(seed)
     model, out = EViLM(config), torch.nn.Linear(config.width, 1 if side == "text" else 5)
     optimizer = torch.optim.AdamW([*model.parameters(), *out.parameters()], lr=1e-3)
-    frames = {name: pretrain.read_videos(splits[name], rows[name], config)[0]
-              for name in rows} if side == "video" else {}
+    frames = {}
+    for name in rows if side == "video" else ():
+        clips = ClipCaptions(splits[name], config.frames, config.size, 0, train=False, mismatched=False)
+        frames[name] = torch.cat([batch["frames"] for batch in make_loader(clips, in_order(clips), collate)])
 
     def logits(name, chosen):
         """(n, 5): of the options' texts where the text is seen, of their places where the video is."""
         if side == "video":
-            return out(model.fuse(model.encode_video(pretrain.scale(frames[name][chosen])), None, None)[0])
+            video = model.encode_video(frames[name][chosen].float() / 255)
+            return out(model.fuse(video, None, None)[0])
         texts = [f"{rows[name][i]['question']} {option}"
                  for i in chosen.tolist() for option in rows[name][i]["options"]]
-        text, mask = pretrain.encode_captions(model, texts, words, CPU)
-        return out(model.fuse(None, text, mask)[0]).view(-1, 5)
+        ids, mask = words.encode_batch(texts, config.max_words)
+        return out(model.fuse(None, model.encode_text(ids, mask), mask)[0]).view(-1, 5)
 
     answers = {name: torch.tensor([row["answer"] for row in found]) for name, found in rows.items()}
     for _ in range(steps):
@@ -55,10 +57,11 @@ def blind_accuracy(folder, task, side, steps, seed=0):
     return float((found.argmax(1) == answers["test"]).float().mean()), len(found)
 
 
-def interval(share, n):
-    """Wilson's 95% interval of a share of n."""
+def interval(fraction, n):
+    """Wilson's 95% interval of a fraction of n."""
     z = 1.96
-    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    middle = fraction + z * z / (2 * n)
+    spread = z * math.sqrt(fraction * (1 - fraction) / n + z * z / (4 * n * n))
     return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 
 

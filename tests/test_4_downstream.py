@@ -1,26 +1,24 @@
 """Section 4, downstream tasks: the heads against plain calculations, then each task on a few clips."""
-import argparse
 import json
 import math
-import os
-import shlex
 import shutil
-import subprocess
-import sys
-from dataclasses import replace
+import signal
+from dataclasses import asdict, replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+import torch.nn.functional as F
 
+import evilm
 import finetune
-import pretrain
-from evilm import (Choice, EViLM, FastRetrieval, InputError, LinearProbe, Machine, WordPiece, config_of,
-                   configure, contrastive_loss, nearest, rank_of_truth, ranks_by_cosine)
+from evilm import (Choice, Config, EViLM, FastRetrieval, InputError, LinearProbe, Machine, WordPiece,
+                   contrastive_loss, recalls, score_choices, score_retrieval)
 from plain import assert_trained_alike
-from toy_data import DataError, open_split, open_splits, render
+from test_scripts import end, start_two
+from toy_data import BrokenClip, ClipCaptions, DataError, in_order, make_loader, open_splits, render
 
 CPU = Machine(torch.device("cpu"))
 
@@ -36,7 +34,7 @@ def clips(tiny, n=3):
 
 def texts(tiny, n=3, options=None):
     shape = (n, tiny.max_words) if options is None else (n, options, tiny.max_words)
-    ids = torch.randint(5, tiny.words, shape)
+    ids = torch.randint(5, tiny.vocab_size, shape)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[..., -2:] = False
     return ids * mask, mask
@@ -68,34 +66,16 @@ def test_a_question_has_a_logit_an_answer_and_without_frames_only_the_text_count
     assert not torch.allclose(seen, other) and not torch.allclose(seen, blind)
 
 
-def test_the_right_options_words_are_filled_in_by_the_head_of_mlm(tiny, model):
-    frames, (ids, mask) = clips(tiny), texts(tiny, options=5)
-    hidden = torch.zeros(3, tiny.max_words, dtype=torch.bool)
-    hidden[0, 2], hidden[2, 3:5] = True, True
-    head = Choice(model, 1, fills_in=True).eval()
-    with torch.no_grad():
-        alone, said = head(frames, None, None, right=(ids[:, 1], mask[:, 1], hidden))
-        logits, again = head(frames, ids, mask, right=(ids[:, 1], mask[:, 1], hidden))
-        h = model.fuse(model.encode_video(frames), model.encode_text(ids[:, 1], mask[:, 1]), mask[:, 1])[1]
-        expected = torch.stack([model.mlm_head(h[i, j]) for i, j in ((0, 2), (2, 3), (2, 4))])
-        torch.testing.assert_close(said, expected[:, :tiny.words], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(logits, head(frames, ids, mask))
-    assert alone is None and torch.equal(said, again)
-    trained = {name for name, p in head.named_parameters() if p.requires_grad}
-    assert any("mlm_head" in name for name in trained) and not any("vtm_head" in name for name in trained)
-    assert not Choice(model, 1).model.mlm_head[0].weight.requires_grad
-
-
 def test_44_fast_retrieval_is_the_decoder_on_each_side_alone(tiny, model):
     fast, frames, (ids, mask) = FastRetrieval(model).eval(), clips(tiny), texts(tiny)
     with torch.no_grad():
         video, text, scale = fast(frames, ids, mask)
         e_cls, t_text, t_video = model.token_type
-        for vectors, cells, seen in ((video, model.encode_video(frames) + t_video, None),
-                                     (text, model.encode_text(ids, mask) + t_text, mask)):
+        for vectors, tokens, seen in ((video, model.encode_video(frames) + t_video, None),
+                                      (text, model.encode_text(ids, mask) + t_text, mask)):
             if seen is not None:
                 seen = torch.cat([torch.ones(3, 1, dtype=torch.bool), seen], 1)
-            h = model.decoder(torch.cat([e_cls.expand(3, 1, -1), cells], 1), seen)[:, 0]
+            h = model.decoder(torch.cat([e_cls.expand(3, 1, -1), tokens], 1), seen)[:, 0]
             pooled = model.pooler(h)
             torch.testing.assert_close(vectors, pooled / pooled.norm(dim=1, keepdim=True), atol=1e-5,
                                        rtol=1e-4)
@@ -103,30 +83,14 @@ def test_44_fast_retrieval_is_the_decoder_on_each_side_alone(tiny, model):
 
 
 def test_contrast_counts_no_other_caption_of_the_same_video():
-    video, text = (torch.nn.functional.normalize(torch.randn(4, 6), dim=1) for _ in range(2))
-    names, scale = torch.tensor([8, 5, 8, 3]), 9.0
-    v, t, expected = video.double().numpy(), text.double().numpy(), 0.0
-    for one, other in ((t, v), (v, t)):
+    video, text = (F.normalize(torch.randn(4, 6), dim=1) for _ in range(2))
+    names, scale, expected = torch.tensor([8, 5, 8, 3]), 9.0, 0.0
+    for one, other in ((text.double(), video.double()), (video.double(), text.double())):
         for i in range(4):
             others = [j for j in range(4) if j == i or names[j] != names[i]]
             weights = [math.exp(scale * one[i] @ other[j]) for j in others]
             expected -= math.log(math.exp(scale * one[i] @ other[i]) / sum(weights)) / 8
     assert float(contrastive_loss(video, text, scale, names)) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_ranking_in_chunks_is_exact(chunk, tmp_path):
-    queries, vectors = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for n in (9, 50))
-    vectors[30] = vectors[3]                                    # a tie, which counts against the query
-    truth = torch.tensor([3, 30, 5, 6, 7, 8, 9, 0, 49])
-    whole = queries @ vectors.t()
-    np.save(tmp_path / "vectors.npy", vectors.numpy())
-    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
-    exactly = (queries.double() @ vectors.double().t()).round(decimals=9)
-    assert torch.equal(ranks_by_cosine(queries, mapped, truth, chunk), rank_of_truth(exactly, truth))
-    scores, places = nearest(queries, mapped, 4, chunk)
-    torch.testing.assert_close(scores, whole.topk(4).values)
-    torch.testing.assert_close(whole.gather(1, places), scores)
 
 
 def test_the_probe_trains_its_classifier_and_nothing_else(tiny, model):
@@ -136,7 +100,7 @@ def test_the_probe_trains_its_classifier_and_nothing_else(tiny, model):
     first = probe.classifier.weight.clone()
     for _ in range(3):
         probe.train()
-        torch.nn.functional.cross_entropy(probe(features), torch.arange(8) % 3).backward()
+        F.cross_entropy(probe(features), torch.arange(8) % 3).backward()
         optimizer.step()
     assert not torch.equal(first, probe.classifier.weight)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -156,61 +120,19 @@ def test_the_probe_sees_the_quarters_of_each_frame(tiny, model):
     torch.testing.assert_close(features[1, :, 0, 1], h[1, :2, 2:].mean((0, 1)))
 
 
-def test_a_tasks_words_take_rows_that_no_word_used():
-    wordpiece = WordPiece.from_captions(["a red circle", "a red star"])
-    longer = wordpiece.add_words(["what colour is it?", "what is red?"], 13)
-    assert longer.vocab[:len(wordpiece)] == wordpiece.vocab
-    assert longer.vocab[len(wordpiece):] == ["?", "is", "what", "colour"], "by count, then letter; 13 in all"
-    assert len(wordpiece.add_words(["what"], len(wordpiece))) == len(wordpiece)
-
-
 def test_a_long_question_loses_its_end_and_never_its_option():
     wordpiece = WordPiece.from_captions(["a b c d e f g"])
-    ids = finetune.encode_question(wordpiece, "a b c d e f", "g a", 7)
-    assert [wordpiece.vocab[i] for i in ids] == ["[CLS]", "a", "b", "c", "g", "a", "[SEP]"]
-    ids = finetune.encode_question(wordpiece, "a b", "", 7)
-    assert [wordpiece.vocab[i] for i in ids] == ["[CLS]", "a", "b", "[SEP]"]
+    for question, option, expected in (("a b c d e f", "g a", ["a", "b", "c", "g", "a"]),
+                                       ("a b", "", ["a", "b"])):
+        ids = finetune.encode_question(wordpiece, question, option, 7)
+        assert [wordpiece.vocab[i] for i in ids] == ["[CLS]", *expected, "[SEP]"]
 
 
-def test_two_options_that_score_the_same_are_no_answer():
-    assert finetune.most_likely(torch.tensor([[1., 3., 2.], [3., 3., 1.]])).tolist() == [1, -2]
-
-
-def options_task(tiny, first=0.6):
-    """Options over two rows, as finetune.py builds them, and their batch."""
-    rows = [{"question": "what does it do?", "options": ["hops", "keeps moving up", "stops", "hops up", "up"],
-             "answer": 1}, {"question": "what is it?", "options": list("abcde"), "answer": 4}]
-    wordpiece = WordPiece.from_captions([" ".join([r["question"], *r["options"]]) for r in rows])
-    task = finetune.Options(argparse.Namespace(see="both", set="action", mlm_first=first), {})
-    task.wordpiece, task.config = wordpiece, replace(tiny, words=len(wordpiece))
-    frames = torch.randint(256, (tiny.frames, 3, tiny.size, tiny.size), dtype=torch.uint8)
-    return task, task([{"row": row, "frames": frames, "broken": []} for row in rows])
-
-
-def test_the_hidden_words_are_those_of_the_right_option(tiny):
-    task, batch = options_task(tiny)
-    right = batch["ids"][torch.arange(2), batch["targets"]]
-    hidden = [[task.wordpiece.vocab[i] for i in ids[words].tolist()]
-              for ids, words in zip(right, batch["words"])]
-    assert hidden == [["keeps", "moving", "up"], ["e"]]
-
-
-def test_words_come_first_then_options_as_well(tiny, randomise):
-    task, batch = options_task(tiny)
-    model = task.head(randomise(EViLM(task.config))).eval()
-    losses = []
-    task.turn = 5
-    for step in (4, 5):
-        task.run = argparse.Namespace(step=step)
-        losses.append(float(task.loss(model, batch).detach()))
-    chosen = torch.nn.functional.cross_entropy(task.logits(model, batch), batch["targets"])
-    assert losses[1] - losses[0] == pytest.approx(float(chosen.detach()), rel=1e-4)
-    right = batch["ids"][torch.arange(2), batch["targets"]].clone()
-    mask = batch["mask"][torch.arange(2), batch["targets"]]
-    truth, right[batch["words"]] = right[batch["words"]], 4
-    with torch.no_grad():
-        said = model(batch["frames"] / 255, None, None, (right, mask, batch["words"]))[1].log_softmax(1)
-    assert losses[0] == pytest.approx(float(-said[range(4), truth].sum() / 2), rel=1e-4), "a mean over clips"
+def test_a_tie_is_wrong_and_so_is_an_answer_that_training_does_not_have():
+    logits = torch.tensor([[1., 3., 2.], [3., 3., 1.], [3., 3., 1.], [1., 2., 3.], [math.nan, 0., 0.]])
+    assert finetune.is_right(logits, torch.tensor([1, 0, 1, -1, 0])).tolist() == [True, *[False] * 4]
+    found = finetune.accuracies([True, False, True], [["colour", "shape"], ["colour"], []])
+    assert found == {"top1": 2 / 3, "top1_colour": 1 / 2, "top1_shape": 1.0}, "fractions of their kind"
 
 
 # ------------------------------------------------------------------------------------------------------ tasks
@@ -218,323 +140,337 @@ def test_words_come_first_then_options_as_well(tiny, randomise):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A small set, and a model pretrained on it for a moment, in the working folder."""
+    """A working folder with a small set, and in runs/pretrain a model of its words at random weights."""
     folder = tmp_path_factory.mktemp("home")
-    render(folder / "clips", 150)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        flags = "--data clips --tokenizer none --max-steps 3 --batch-size 16 --workers 0 --device cpu"
-        pretrain.train(pretrain.parse(flags.split()), CPU)
+    render(folder / "clips", 100)
+    wordpiece = WordPiece.from_captions(row["caption"] for row in open_splits(folder / "clips")["train"])
+    config = replace(Config.toy(), frames=2, dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), text_width=32,
+                     text_layers=1, width=32, decoder_layers=1, vocab_rows=200, vocab_size=len(wordpiece))
+    torch.manual_seed(3)
+    (folder / "runs/pretrain").mkdir(parents=True)
+    evilm.save({"kind": "pretrain", "config": asdict(config), "vocab": wordpiece.vocab, "step": 9,
+                "model": EViLM(config).state_dict()}, folder / "runs/pretrain/best.pt")
     return folder
 
 
 @pytest.fixture
 def go(home, monkeypatch, capsys):
-    """go("qa", ...) runs finetune.py there; -> (last line of metrics.jsonl, what was printed)."""
+    """go("qa", ...) runs finetune.py there -> (last line of metrics.jsonl, what was printed)."""
     monkeypatch.chdir(home)
 
-    def run(*flags, data="clips"):
-        flags = [*flags, "--data", data, *"--workers 0 --device cpu --max-steps 3".split()]
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
-        args = finetune.parse(flags)
-        finetune.train(args, CPU)
-        lines = (Path(args.out) / "metrics.jsonl").read_text().splitlines()
-        return json.loads(lines[-1]), capsys.readouterr().out
+    def run(*flags, data="clips", pictures=False):
+        args = finetune.parse([*flags, *common(flags), "--data", str(data)])
+        with monkeypatch.context() as patch:
+            if not pictures:
+                patch.setattr(finetune, "plots", mock.Mock())
+            finetune.train(args)
+        return metrics(Path(args.out))[-1], capsys.readouterr().out
+    yield run
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def whole(go, home):
+    """whole("qa --see text") -> (the folder of its unbroken run, which tests share, what was printed)."""
+    def run(flags):
+        folder = home / "whole" / flags.replace(" ", "")
+        if flags not in PRINTED:
+            PRINTED[flags] = go(*flags.split(), "--out", str(folder), pictures=True)[1]
+        return folder, PRINTED[flags]
     return run
 
 
-@pytest.mark.parametrize("flags, score, picture", [
-    (["qa"], "top1", "answers.png"), (["qa", "--see", "text"], "top1", "answers.png"),
-    (["mc"], "top1", "answers.png"), (["mc", "--set", "action"], "top1", "answers.png"),
-    (["mc", "--set", "transition"], "top1", "answers.png"), (["retrieval"], "r1", "retrieval.png"),
-    (["retrieval", "--scoring", "joint"], "r1", "retrieval.png"), (["probe"], "top1", "confusion.png")])
-def test_each_task_leaves_scores_against_chance_and_a_picture(go, home, flags, score, picture):
-    out = home / "out" / "-".join(flags)
-    last, said = go(*flags, "--out", str(out))
-    assert last["split"] == "test" and 0 <= last[score] <= 1
-    assert "against" in said and any(name.startswith("against") for name in last)
-    assert {"last.pt", "best.pt", "metrics.jsonl", "curves.png", picture} <= {p.name for p in out.iterdir()}
+PRINTED = {}
 
 
-def test_the_probe_scores_the_labels_that_the_test_split_has(go, home):
-    last, _ = go("probe", "--out", str(home / "out/labels"))
-    labels = {json.loads(line)["label"] for line in open(home / "clips/action_test.jsonl")}
-    assert {name.removeprefix("top1_") for name in last if name.startswith("top1_")} == labels
-    assert labels < {json.loads(line)["label"] for line in open(home / "clips/action_train.jsonl")}
+def common(flags):
+    """The flags of all runs, where they are not given."""
+    usual = {"--workers": "0", "--device": "cpu", "--max-steps": "3", "--batch-size": "8"}
+    return [word for pair in usual.items() if pair[0] not in flags for word in pair]
 
 
-@pytest.mark.parametrize("flags", [["mc"], ["retrieval"], ["retrieval", "--scoring", "joint"]])
-def test_zero_shot_scores_the_pretrained_model_as_it_is(go, home, flags):
-    (first, said), (second, _) = (go(*flags, "--zero-shot") for _ in range(2))
-    assert first == second and first["step"] == 0
-    assert Path(said.split("look at ")[1].split(";")[0]).exists(), "its picture"
-    if flags == ["mc"]:             # the same as during pretraining
-        model, wordpiece = pretrained(home)
-        found = pretrain.score_choices(model, open_splits(home / "clips", "mc_caption")[0]["test"], wordpiece,
-                                       CPU, most=None)
-        assert first["top1"] == found["mc"]
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["model"]
+
+
+def scores_of(line):
+    return {name: value for name, value in line.items() if name.startswith("top1")}
 
 
 def pretrained(home):
-    checkpoint = torch.load(home / "runs/pretrain/best.pt", weights_only=True)
-    model = EViLM(config_of(checkpoint))
-    model.load_state_dict(checkpoint["model"])
-    return model, WordPiece(checkpoint["vocab"])
+    checkpoint = evilm.load(home / "runs/pretrain", "pretrain")
+    model = EViLM(checkpoint["config"])
+    evilm.fill(model, checkpoint)
+    return model.eval(), WordPiece(checkpoint["vocab"])
 
 
-def test_retrieval_ranks_a_video_once_however_many_captions_name_it(home, tmp_path):
+def elsewhere(home, files, folder, change=lambda name, lines: lines):
+    """The files of a task in another folder, changed: change(split, lines) -> lines."""
+    for name, manifest in open_splits(home / "clips", files).items():
+        lines = [row | {"video": str(home / "clips" / row["video"])} for row in manifest]
+        rows(folder / (f"{files}_{name}.jsonl" if files else f"{name}.jsonl"), change(name, lines))
+
+
+def task_of(home, *flags, data="clips"):
+    """A task as `train` makes it."""
+    args = finetune.parse([*flags, *common(flags)])
+    files = f"mc_{args.set}" if args.task == "mc" else finetune.TASKS[args.task].files
     model, wordpiece = pretrained(home)
-    lines = [json.loads(line) for line in open(home / "clips/test.jsonl")][:6]
-    for line in lines:
-        line["video"] = str(home / "clips" / line["video"])
-    twice = lines + [line | {"caption": "another one"} for line in lines]
-    for name, written in (("train", lines), ("test", lines), ("val", twice)):
-        rows(tmp_path / f"{name}.jsonl", written)
-
-    def fast(manifest):
-        return finetune.score_fast_retrieval(FastRetrieval(model), manifest, wordpiece, CPU)
-
-    def joint(manifest):
-        return pretrain.score_retrieval(model, manifest, wordpiece, CPU, len(manifest))
-    for score in (fast, joint):
-        once, both = (score(open_split(tmp_path, name))[1] for name in ("test", "val"))
-        assert len(once.rows) == 6 and len(both.rows) == 12 and once.names == both.names
-        assert both.scores(11).shape == (6,), "of a caption and all videos"
-        assert once.ranks.tolist() == both.ranks[:6].tolist() and max(both.ranks) <= 6
+    return finetune.TASKS[args.task](args, open_splits(home / data, files), wordpiece, model.config, CPU)
 
 
-def test_a_task_can_begin_from_an_encoder_of_pictures(go, home):
-    _, said = go("qa", "--init", "runs/encoder", "--lr", "1e-12", "--out", "pictures")
-    assert "starts from runs/encoder/best.pt" in said
-    begun, encoder = (torch.load(path, weights_only=True)["model"]
-                      for path in (home / "pictures/last.pt", home / "runs/encoder/best.pt"))
-    for name, weight in encoder.items():
-        if name.startswith("video_encoder."):
-            assert torch.allclose(begun[f"model.{name}"], weight, atol=1e-8)
+@pytest.mark.parametrize("flags, score, picture", [
+    ("qa", "top1", "answers.png"), ("qa --see text", "top1", "answers.png"),
+    ("qa --init none", "top1", "answers.png"), ("mc", "top1", "answers.png"),
+    ("mc --set action", "top1", "answers.png"), ("retrieval", "r1", "retrieval.png"),
+    ("retrieval --scoring joint", "r1", "retrieval.png"), ("probe", "top1", "confusion.png")])
+def test_each_task_leaves_scores_beside_chance_and_a_picture(whole, home, flags, score, picture):
+    folder, printed = whole(flags)
+    last = metrics(folder)[-1]
+    baseline = "majority answer of each kind" if "qa" in flags else "chance"
+    assert last["split"] == "test" and 0 <= last[score] <= 1
+    assert any(name.startswith(baseline) and 0 < value < 1 for name, value in last.items())
+    assert baseline in printed and "broken clips: 0" in printed
+    if flags == "probe":
+        labels = [json.loads(line)["label"] for line in open(home / "clips/action_test.jsonl")]
+        assert last["top1"] == pytest.approx(sum(last[f"top1_{label}"] for label in labels) / len(labels))
+    assert set(map(str, folder.iterdir())) == {f"{folder}/{name}" for name in (
+        "last.pt", "best.pt", "metrics.jsonl", "curves.png", picture)}
 
 
-@pytest.mark.parametrize("flags", [["qa"], ["probe"], ["retrieval"],
-                                   ["mc", "--set", "action", "--mlm-first", "0.5"]])
-def test_a_resumed_run_ends_with_the_same_weights(go, home, flags, monkeypatch):
-    go(*flags, "--out", "whole")
-    args = ["--out", "broken", "--save-every", "2"]
-    optimise = finetune.Run.optimise
+def test_zero_shot_scores_the_pretrained_model_by_its_2_way_head(go, home, tmp_path):
+    model, wordpiece = pretrained(home)
 
-    def killed(run, losses):
-        optimise(run, losses)
+    def loader(manifest):
+        return make_loader(some := ClipCaptions(manifest, 2, 64, 0, False, mismatched=False), in_order(some))
+    test = open_splits(home / "clips", "mc_caption")["test"]
+    found = score_choices(model, loader(test), wordpiece, CPU, mock.Mock())
+    last, _ = go("mc", "--zero-shot", pictures=True)
+    assert scores_of(last) == {name.replace("mc", "top1"): value for name, value in found.items()}
+    assert last["step"] == 0 and (home / "runs/mc-caption-zero-shot/answers.png").exists()
+    test = open_splits(home / "clips")["test"]
+    found = score_retrieval(model, test, loader(test.each_video()), wordpiece, CPU, mock.Mock())
+    last, printed = go("retrieval", "--zero-shot")
+    assert recalls(found[1]).items() <= last.items() and "joint, test, zero-shot" in printed
+    elsewhere(home, "", tmp_path, lambda name, lines: [lines[0] | {"caption": "a quick red fox"}, *lines[1:]])
+    printed = go("retrieval", "--zero-shot", data=tmp_path)[1]
+    assert "unknown words" in printed and "quick" in printed and "fox" in printed and " red" not in printed
+
+
+@pytest.mark.parametrize("scoring", ["fast", "joint"])
+def test_retrieval_ranks_a_video_once_however_many_captions_name_it(home, tmp_path, scoring):
+    elsewhere(home, "", tmp_path, lambda name, lines: lines[:6] * 2 if name == "test" else lines[:6])
+    rows(tmp_path / "val.jsonl", list(open_splits(tmp_path)["test"])[:6])
+    task, model = task_of(home, "retrieval", "--scoring", scoring, data=tmp_path), pretrained(home)[0]
+    found = {}
+    for split, captions in (("val", 6), ("test", 12)):
+        scores = task.evaluate(task.head(model).eval(), split, CPU, mock.Mock())
+        assert (scores["captions"], scores["clips"]) == (captions, 6)
+        _, found[split], _, matrix = task.ranking
+        assert matrix.shape == (captions, 6)
+    assert found["test"].tolist() == [*found["val"].tolist()] * 2
+
+
+def test_44_an_epoch_is_a_pass_over_videos_with_one_caption_drawn_for_each(home, tmp_path):
+    elsewhere(home, "", tmp_path, lambda name, lines: [line | {"caption": f"{line['caption']}, {n}"}
+                                                       for n in range(4) for line in lines[:5 + n]])
+    manifest = open_splits(tmp_path)["train"]
+    videos, again = (task_of(home, "retrieval", data=tmp_path).clips(None, CPU, None) for _ in range(2))
+    drawn = [[videos[epoch, i] for i in range(len(videos))] for epoch in range(100)]
+    for samples in drawn:
+        assert sorted(s["video"] for s in samples) == sorted({row["video"] for row in manifest})
+        assert all(manifest.videos[s["index"]] == s["name"] for s in samples)
+        assert all(s["caption"] == manifest[s["index"]]["caption"] for s in samples)
+    captions = {s["caption"] for samples in drawn for s in samples}
+    assert captions == {row["caption"] for row in manifest}, "all captions have their turn"
+    assert [again[7, i]["caption"] for i in range(len(again))] == [s["caption"] for s in drawn[7]]
+
+
+@pytest.mark.parametrize("flags", ["qa", "mc --set action", "retrieval", "retrieval --scoring joint"])
+def test_a_worker_can_be_sent_a_task(home, flags):
+    task = task_of(home, *flags.split())
+    samples = task.clips(None, CPU, None)
+    sent = bytes(ForkingPickler.dumps((samples, task.collate)))
+    assert len(sent) < 50_000, "neither a model nor a manifest's lines"
+    there, make_batch = ForkingPickler.loads(sent)
+    expected = task.collate([samples[1, 0], samples[1, 3]])
+    for name, value in make_batch([there[1, 0], there[1, 3]]).items():
+        assert value == expected[name] if name == "broken" else torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("flags", ["probe", "retrieval", "mc --set action --config dropout=0.1"])
+def test_a_killed_run_resumes_to_the_same_weights(go, whole, flags, tmp_path, monkeypatch):
+    broken, optimise = [*flags.split(), "--out", str(tmp_path), "--save-every", "2"], finetune.Run.optimise
+
+    def killed(run, loss):
+        optimise(run, loss)
         if run.step == 3:
             raise ZeroDivisionError
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(finetune.Run, "optimise", killed)
-        go(*flags, *args)
-    go(*flags, *args, "--resume")
-    one, two = (torch.load(home / name / "last.pt", weights_only=True)["model"]
-                for name in ("whole", "broken"))
+        go(*broken)
+    go(*broken, "--resume")
+    one, two = weights(whole(flags)[0]), weights(tmp_path)
     assert all(torch.equal(one[name], two[name]) for name in one)
-    for name in ("whole", "broken"):
-        shutil.rmtree(home / name)
+    assert metrics(whole(flags)[0])[-1] == metrics(tmp_path)[-1]
 
 
-@pytest.mark.parametrize("task", ["retrieval", *[pytest.param(task, marks=pytest.mark.slow) for task in (
-    "qa", "mc --set action --mlm-first 0.5", "retrieval --scoring joint --batch-size 15")]])
-def test_two_processes_train_to_the_weights_of_one(go, home, task):
-    flags = [task.split()[0], "--batch-size", "16", *task.split()[1:]]
-    go(*flags, "--out", f"one-{task}")
-    done = run_twice(home, *flags, "--out", f"two-{task}")
-    assert done.returncode == 0, done.stderr
-    one, two = (torch.load(home / f"{name}-{task}/last.pt", weights_only=True)["model"]
-                for name in ("one", "two"))
-    assert_trained_alike(one, two)
+def assert_same_run(one, two):
+    """To rounding: the weights, and the loss of the last batch."""
+    assert_trained_alike(weights(one), weights(two))
+    assert metrics(two)[0]["loss"] == pytest.approx(metrics(one)[0]["loss"], rel=1e-4)
 
 
-@pytest.mark.slow
-def test_contrast_over_processes_wants_equally_many_clips_of_each(go, home):
-    done = run_twice(home, "retrieval", "--batch-size", "15", "--out", "uneven")
-    assert "--batch-size 15" in done.stderr and "equally many" in done.stderr, done.stderr
+@pytest.mark.parametrize("flags", ["qa", "retrieval --scoring joint"])
+def test_accumulation_trains_to_the_weights_of_the_whole_batch(go, whole, tmp_path, flags):
+    go(*flags.split(), "--out", str(tmp_path), "--accumulate", "4")
+    assert_same_run(whole(flags)[0], tmp_path)
 
 
-def run_twice(home, *flags):
-    """finetune.py in two processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
-                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", finetune.__file__, *flags]
-    flags = "--data clips --workers 0 --device cpu --max-steps 3".split()
-    return subprocess.run([*torchrun, *flags], cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          timeout=200, capture_output=True, text=True)
+@pytest.mark.parametrize("flags", ["retrieval", *[pytest.param(flags, marks=pytest.mark.slow) for flags in (
+    "qa", "mc --set action", "retrieval --scoring joint")]])
+def test_two_processes_train_to_the_weights_of_one(whole, home, tmp_path, flags):
+    folder, _ = whole(flags)
+    flags = [*flags.split(), *common(flags), "--data", "clips", "--out", str(tmp_path)]
+    for status, output in map(end, start_two("finetune.py", *flags, folder=home)):
+        assert status == 0, output
+    assert_same_run(folder, tmp_path)
 
 
-def test_search_ranks_a_folder_and_computes_only_new_clips(go, home, capsys, monkeypatch):
-    go("retrieval", "--out", "found")
-    videos = home / "mine"
-    (videos / "inside").mkdir(parents=True)
+# -------------------------------------------------------------------------------------------- search and ask
+
+
+def test_search_ranks_a_folder_and_names_broken_clips_and_unknown_words(whole, home, tmp_path, capsys):
+    folder, _ = whole("retrieval")
+    (tmp_path / "mine/inside").mkdir(parents=True)
     for i, name in enumerate(["a.gif", "b.gif", "inside/c.gif"]):
-        shutil.copy(home / f"clips/clips/{i:05d}.gif", videos / name)
-    (videos / "broken.gif").write_bytes(b"GIF89a")
-    Image.new("RGB", (8, 8)).save(videos / "inside/thumb.png")      # makes its folder no clip
-    computed, embed = [], finetune.embed_clips
-    monkeypatch.setattr(finetune, "embed_clips", lambda *a: computed.append(1) or embed(*a))
-
-    def search():
-        args = finetune.parse(["search", "a red circle", "--videos", "mine", "--init", "found", "--top", "2"])
-        finetune.search(args, CPU)
-        return capsys.readouterr().out
-    first = search()
-    assert len(computed) == 3 and (home / "search.png").exists()
-    assert "broken.gif" in first and len([line for line in first.splitlines() if line.endswith(".gif")]) == 2
-    shutil.copy(home / "clips/clips/00003.gif", videos / "d.gif")
-    search()
-    assert len(computed) == 4, "only the new clip"
-    next(videos.glob(".vectors-*")).write_bytes(b"damaged")
-    search()
-    assert len(computed) == 8
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        def interrupted(*_):
-            raise KeyboardInterrupt
-        shutil.copy(home / "clips/clips/00004.gif", videos / "0.gif")           # comes first
-        patch.setattr(finetune, "read_frames", interrupted)
-        search()
-    search()
-    assert len(computed) == 9, "what was kept stays kept"
+        shutil.copy(home / f"clips/clips/{i:05d}.gif", tmp_path / "mine" / name)
+    (tmp_path / "mine/broken.gif").write_bytes(b"GIF89a")
+    finetune.search(finetune.parse(["search", "a red fox", "--videos", str(tmp_path / "mine"), "--init",
+                                    str(folder), "--out", str(tmp_path / "s.png"), "--device", "cpu"]))
+    printed = capsys.readouterr().out.splitlines()
+    assert any("unknown words" in line and "fox" in line for line in printed)
+    assert any(line.startswith("broken clip") and "broken.gif" in line for line in printed)
+    found = [line.split() for line in printed if line.endswith(".gif")]
+    assert {name for _, name in found} == {"a.gif", "b.gif", "inside/c.gif"}
+    assert [score for score, _ in found] == sorted((score for score, _ in found), key=float, reverse=True)
+    checkpoint = evilm.load(folder, "retrieval")
+    fast, wordpiece = FastRetrieval(EViLM(checkpoint["config"])), WordPiece(checkpoint["vocab"])
+    evilm.fill(fast, checkpoint)
+    clip = ClipCaptions(open_splits(home / "clips")["train"], 2, 64, 0, False, mismatched=False)[0, 0]
+    with torch.no_grad():
+        video, text, _ = fast.eval()(clip["frames"][None] / 255, *wordpiece.encode_batch(["a red fox"], 24))
+    assert dict(map(reversed, found))["a.gif"] == f"{float(video[0] @ text[0]):.3f}"
+    assert (tmp_path / "s.png").exists()
 
 
-def test_ask_names_answers_with_probabilities(go, home, capsys):
-    go("qa", "--out", "asked")
-    args = finetune.parse(["ask", "clips/clips/00001.gif", "what colour is the circle?", "--init", "asked"])
-    finetune.ask(args, CPU)
-    shares = [float(line.split("%")[0]) for line in capsys.readouterr().out.splitlines()]
-    assert len(shares) == 5 and sorted(shares, reverse=True) == shares and 0 < sum(shares) <= 100.3
+def test_ask_names_answers_with_probabilities(whole, home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    ask = ["ask", "clips/clips/00001.gif", "what colour is the fox?", "--init", str(whole("qa")[0])]
+    finetune.ask(finetune.parse([*ask, "--top", "3", "--device", "cpu"]))
+    unknown, *lines = capsys.readouterr().out.splitlines()
+    shares = [float(line.split("%")[0]) for line in lines]
+    assert len(shares) == 3 and sorted(shares, reverse=True) == shares and 0 < sum(shares) <= 100.3
+    assert "fox" in unknown and "colour" not in unknown
+    ask[1] = "nowhere.gif"
+    with pytest.raises(BrokenClip, match="nowhere.gif: there is no such file"):
+        finetune.ask(finetune.parse(ask))
 
 
 # ---------------------------------------------------------------------------------------- what bad input gets
 
 
-def test_a_task_refuses_what_it_cannot_use(go, home, tmp_path):
-    for flags, told in ((["qa", "--init", "nowhere.pt"], "no such checkpoint"),
-                        (["qa", "--preset", "paper"], "toy preset"),
-                        (["qa", "--vocab", "vocab.txt"], "its own vocabulary"),
-                        (["qa", "--config", "width=64"], "--config width=64"),
-                        (["qa", "--config", "max_words=100"], "max_words=100: from 3 to 64"),
-                        (["probe", "--accumulate", "2"], "--accumulate"),
-                        (["probe", "--batch-size", "1"], "--batch-size"),
-                        (["mc", "--set", "action", "--zero-shot"], "--zero-shot"),
-                        (["retrieval", "--zero-shot", "--init", "none"], "--zero-shot"),
-                        (["retrieval", "--zero-shot", "--init", "runs/encoder"], "knows no captions"),
-                        (["retrieval", "--accumulate", "2"], "--accumulate")):
-        with pytest.raises(InputError, match=told):
-            go(*flags)
+def test_a_task_refuses_what_it_cannot_use(go, whole, home):
+    fast, _ = whole("retrieval")
+    for flags, named in (("qa --init nowhere.pt", "nowhere.pt: there is no such file"),
+                         ("qa --preset paper", "--preset toy"),
+                         ("qa --vocab vocab.txt", "its vocabulary"),
+                         ("qa --config width=64", "do not fit"),
+                         ("qa --config max_words=100", "max_words, 100, must lie in 3 to positions"),
+                         (f"qa --init {fast}", "trained for fast retrieval"),
+                         ("probe --accumulate 2", "--accumulate"), ("probe --batch-size 1", "--batch-size"),
+                         ("retrieval --accumulate 2", "--accumulate"),
+                         ("mc --zero-shot --init none", "--zero-shot")):
+        with pytest.raises(InputError, match=named):
+            go(*flags.split(), "--out", "out/refused")
+    with pytest.raises(InputError, match="without any video"):
+        finetune.ask(finetune.parse(["ask", "a.gif", "what?", "--init", str(whole("qa --see text")[0])]))
+    joint = str(whole("retrieval --scoring joint")[0])
+    with pytest.raises(InputError, match="--scoring fast"):
+        finetune.search(finetune.parse(["search", "red", "--videos", "clips", "--init", joint]))
     with pytest.raises(DataError, match="mc_nothing"):
         go("mc", "--set", "nothing")
+    with pytest.raises(DataError, match="8 clips cannot be divided by 1 processes x 3 parts"):
+        go("qa", "--accumulate", "3", "--out", "out/refused")
+    assert not (home / "out/refused").exists()
 
 
-def test_bad_rows_are_named(go, home, tmp_path):
-    splits, _ = open_splits(home / "clips", "qa")
-    video = str(home / "clips" / splits["train"][0]["video"])
-    for name, answer in (("train", "red"), ("val", "red"), ("test", "beige")):
-        question = {"video": video, "question": "what colour?"}
-        rows(tmp_path / f"qa_{name}.jsonl", [question | {"answer": answer}] * 3)
-        rows(tmp_path / f"mc_four_{name}.jsonl", [question | {"answer": 0, "options": list("abcd")}])
-        rows(tmp_path / f"mc_six_{name}.jsonl", [question | {"answer": 5, "options": list("abcde")}])
-    with pytest.raises(DataError, match="none of its answers"):
-        go("qa", data=str(tmp_path))
-    with pytest.raises(DataError, match=r"mc_four_\w+.jsonl:1: has 4 options"):
-        go("mc", "--set", "four", data=str(tmp_path))
-    with pytest.raises(DataError, match=r"mc_six_train.jsonl:1"):
-        go("mc", "--set", "six", data=str(tmp_path))
+def test_an_own_set_may_have_any_number_of_options(go, home, tmp_path):
+    def three(name, lines):
+        return [line | {"options": line["options"][:3], "answer": line["answer"] % 3} for line in lines]
+    elsewhere(home, "mc_caption", tmp_path, three)
+    for path in tmp_path.glob("mc_caption_*"):
+        path.rename(tmp_path / path.name.replace("caption", "mine"))
+    last, printed = go("mc", "--set", "mine", "--out", str(tmp_path / "out"), data=tmp_path)
+    assert last["chance"] == pytest.approx(1 / 3) and "33.3%" in printed
+    val = list(open_splits(tmp_path, "mc_mine")["val"])
+    rows(tmp_path / "mc_mine_val.jsonl", [val[0], val[1] | {"options": list("abcd")}])
+    with pytest.raises(DataError, match=r"mc_mine_val.jsonl:2: has 4 options, where .*test.jsonl:1 has 3"):
+        go("mc", "--set", "mine", data=tmp_path)
 
 
-@pytest.mark.parametrize("flags, files", [(["qa", "--batch-size", "64"], "qa"), (["probe"], "action"),
-                                          (["mc", "--set", "action"], "mc_action")])
-def test_an_absent_video_is_counted_and_leaves_the_scores_alone(go, home, tmp_path, flags, files):
-    splits, _ = open_splits(home / "clips", files)
-    for name, manifest in splits.items():
-        lines = [row | {"video": str(home / "clips" / row["video"])} for row in manifest]
-        gone = [lines[0] | {"video": f"gone-{name}.gif"}] * (len(lines) // 2)
-        rows(tmp_path / f"{files}_{name}.jsonl", lines + (gone if name != "train" else []))
-    scores = {name: value for name, value in go(*flags, "--out", str(tmp_path / "whole"))[0].items()
-              if name.startswith("top1")}
-    last, said = go(*flags, "--out", str(tmp_path / "gone"), data=str(tmp_path))
-    assert {name: value for name, value in last.items() if name.startswith("top1")} == pytest.approx(scores)
-    assert "gone-val.gif" in said and "gone-test.gif" in said and "broken clips: 0" not in said
-    rows(tmp_path / f"{files}_train.jsonl", lines + gone)
-    if "probe" not in flags:
-        _, said = go(*flags, "--out", str(tmp_path / "all"), data=str(tmp_path))
-        assert "replaced: " in said and "gone-test.gif" in said and "broken clips: 0" not in said
+@pytest.mark.parametrize("flags, files", [("qa", "qa"), ("probe", "action"), ("mc", "mc_caption")])
+def test_an_absent_video_is_counted_and_leaves_the_scores_alone(go, whole, home, tmp_path, flags, files):
+    def lose(name, lines):
+        return lines + [lines[0] | {"video": f"gone-{name}.gif"}] * (2 if name != "train" else 0)
+    elsewhere(home, files, tmp_path, lose)
+    last, printed = go(*flags.split(), "--out", str(tmp_path / "gone"), data=tmp_path)
+    assert scores_of(last) == pytest.approx(scores_of(metrics(whole(flags)[0])[-1]))
+    assert printed.count("gone-val.gif") == printed.count("gone-test.gif") == 1
+    assert "broken clips: 2" in printed
+    with pytest.raises((DataError, InputError), match="gone-val.gif.*--strict"):
+        go(*flags.split(), "--out", str(tmp_path / "strict"), "--strict", data=tmp_path)
 
 
 def test_retrieval_names_an_absent_video_once_and_ranks_the_others(go, home, tmp_path):
-    splits, _ = open_splits(home / "clips")
-    for name, manifest in splits.items():
-        lines = [row | {"video": str(home / "clips" / row["video"])} for row in manifest]
-        rows(tmp_path / f"{name}.jsonl", lines + [lines[0] | {"video": "gone.gif"}] * (name == "val"))
-    whole, _ = go("retrieval", "--out", str(tmp_path / "whole"), "--epochs", "2")
-    last, said = go("retrieval", "--out", str(tmp_path / "gone"), "--epochs", "2", data=str(tmp_path))
-    assert said.count("gone.gif") == 1 and "broken clips: 1" in said.splitlines()[-2]
-    assert last == pytest.approx(whole)
-    shutil.copy(tmp_path / "val.jsonl", tmp_path / "test.jsonl")
-    for how in ([], ["--scoring", "joint"]):
-        with pytest.raises(InputError, match="gone.gif.*--strict"):
-            go("retrieval", *how, "--zero-shot", "--strict", data=str(tmp_path))
+    elsewhere(home, "", tmp_path, lambda name, lines: lines + [lines[0] | {"video": f"gone-{name}.gif"}])
+    _, printed = go("retrieval", "--out", str(tmp_path / "gone"), "--max-steps", "9", data=tmp_path)
+    assert [printed.count(f"gone-{name}.gif") for name in ("train", "val", "test")] == [1, 1, 1]
+    assert "broken clips: 3" in printed and "replaced" in printed
+    whole, gone = (go("retrieval", "--zero-shot", "--out", f"{tmp_path}/{i}", data=data)[0]
+                   for i, data in enumerate(("clips", tmp_path)))
+    assert {**gone, "chance of r1": 0} == {**whole, "chance of r1": 0}
+    for scoring in ("fast", "joint"):
+        with pytest.raises((DataError, InputError), match="gone-test.gif.*--strict"):
+            go("retrieval", "--scoring", scoring, "--zero-shot", "--strict", data=tmp_path)
 
 
-@pytest.mark.parametrize("typed, epochs, first, positions", [
-    ("--set action", 12, 0.6, 3), ("--set mine", 12, 0.6, 3), ("--set caption", 2, 0, 1),
-    ("--set transition", 6, 0.6, 10), ("--set transition --config video_positions=2", 6, 0.6, 2),
-    ("--set transition --epochs 5 --mlm-first 0", 5, 0, 10), ("--set transition --preset paper", 20, 0, 1)])
-def test_each_set_of_multiple_choice_has_its_settings_and_flags_win(typed, epochs, first, positions):
-    args = finetune.parse(["mc", *typed.split()])
-    assert finetune.settle(args, CPU) == f"mc_{args.set}"
-    assert (args.epochs, args.mlm_first, configure(args).video_positions) == (epochs, first, positions)
+@pytest.mark.parametrize("typed, epochs, lr, positions", [
+    ("mc --set action", 12, 1e-3, 3), ("mc --set mine", 6, 1e-3, 1), ("mc", 2, 1e-3, 1),
+    ("mc --set transition", 6, 1e-3, 10), ("mc --set transition --config video_positions=2.0", 6, 1e-3, 2),
+    ("mc --set action --epochs 5 --lr 0.2", 5, 0.2, 3), ("mc --set action --preset paper", 20, 5e-5, 1),
+    ("retrieval --preset paper", 200, 3e-4, 1), ("qa --lr 0", 2, 0, 1)])
+def test_settings_are_the_tables_and_the_synthetic_sets_and_flags_win(typed, epochs, lr, positions):
+    args = finetune.parse(typed.split())
+    config = finetune.with_settings(getattr(Config, args.preset)(), args)
+    assert (config.epochs, config.lr, config.video_positions) == (epochs, lr, positions)
 
 
-def test_zero_shot_on_a_lone_file_of_captions_says_how_it_is_split(go, home, tmp_path):
-    val = open_splits(home / "clips")[0]["val"]
-    lines = [row | {"video": str(home / "clips" / row["video"])} for row in val]
-    rows(tmp_path / "captions.jsonl", lines)
-    _, said = go("retrieval", "--zero-shot", data=str(tmp_path))
-    assert "captions.jsonl is split by video" in said
+@pytest.mark.parametrize("typed, out", [
+    ("qa --see text", "qa-text"), ("mc --set text", "mc-text"), ("retrieval", "retrieval"),
+    ("mc --zero-shot", "mc-caption-zero-shot"), ("retrieval --scoring joint", "retrieval-joint")])
+def test_a_run_has_a_folder_of_its_own(typed, out):
+    assert finetune.parse(typed.split()).out == f"runs/{out}"
 
 
-def test_without_one_readable_clip_nothing_is_scored(go, home, tmp_path):
-    for name in ("train", "val", "test"):
-        rows(tmp_path / f"{name}.jsonl", [{"video": "gone.gif", "caption": f"a {name}"}])
-    with pytest.raises(DataError, match="none of its clips can be read"):
-        go("retrieval", "--zero-shot", data=str(tmp_path))
-
-
-def test_answers_may_be_numbers(go, home, tmp_path):
-    splits, _ = open_splits(home / "clips", "qa")
-    for name, manifest in splits.items():
-        lines = [row | {"video": str(home / "clips" / row["video"]), "answer": i % 3}
-                 for i, row in enumerate(manifest)]
-        rows(tmp_path / f"qa_{name}.jsonl", lines)
-    go("qa", "--out", str(tmp_path / "numbers"), data=str(tmp_path))
-    answers = torch.load(tmp_path / "numbers/best.pt", weights_only=True)["answers"]
-    assert sorted(answers) == ["0", "1", "2"]
-
-
-def test_what_to_type_next_can_be_typed(go, home):
-    for flags, task, init, out in (
-            ("qa --out n1", "ask", "n1", None),
-            ("qa --see text --out n2", "qa", "runs/pretrain/best.pt", "n2-seen"),
-            ("retrieval --out n3", "search", "n3", "search.png"),
-            ("retrieval --scoring joint --out n4", "mc", "n4", "runs/mc-caption-zero-shot"),
-            ("probe --out n5", "probe", "none", "n5-from-nothing")):
-        last = go(*flags.split())[1].splitlines()[-1]
-        args = finetune.parse(shlex.split(last.removeprefix("next: python finetune.py").split("   ")[0]))
-        assert (args.task, args.init, getattr(args, "out", None)) == (task, init, out)
-        assert task in ("ask", "search") or args.data == "clips" and getattr(args, "see", "both") == "both"
-
-
-def test_going_on_with_another_set_is_refused(go, home):
-    go("mc", "--set", "action", "--out", "sets")
+def test_going_on_with_another_set_is_refused(go, whole, home):
+    folder, _ = whole("mc --set action")
     for name in ("train", "val", "test"):
         shutil.copy(home / f"clips/mc_action_{name}.jsonl", home / f"clips/mc_other_{name}.jsonl")
-    with pytest.raises(InputError, match="--set action, not other"):
-        go("mc", "--set", "other", "--out", "sets", "--resume")
-
-
-def test_a_model_that_saw_text_alone_is_not_asked_about_a_clip(go, home):
-    go("qa", "--see", "text")
-    assert (home / "runs/qa-text/best.pt").exists()
-    args = finetune.parse(["ask", "clips/clips/00001.gif", "what colour?", "--init", "runs/qa-text"])
-    with pytest.raises(InputError, match="never seen a video"):
-        finetune.ask(args, CPU)
+    settings = "--epochs 12 --config video_positions=3.0".split()
+    with pytest.raises(InputError, match=r"another set \(action, now other\)"):
+        go("mc", "--set", "other", "--out", str(folder), "--resume", *settings)

@@ -1,11 +1,11 @@
-"""Small claims about one part at a time, by hand: what whoever writes that part anew can follow on paper."""
+"""Small claims about one part at a time, by hand: whoever writes that part anew can follow them on paper."""
 import math
 
 import pytest
 import torch
 import torch.nn as nn
 
-from evilm import CrossCovarianceAttention, EViLM, SDTAEncoder, rank_of_truth
+from evilm import CrossCovarianceAttention, EViLM, SDTAEncoder, contrastive_loss, rank_of_truth
 
 
 def near(ours, expected):
@@ -27,14 +27,14 @@ def bare_attention(dim, heads, temperature):
     return xca
 
 
-def test_xca_keeps_the_shape_whatever_the_number_of_cells():
+def test_xca_keeps_the_shape_whatever_the_number_of_patches():
     xca = CrossCovarianceAttention(12, 3)
-    for cells in (1, 5, 12):
-        assert xca(torch.randn(2, cells, 12)).shape == (2, cells, 12)
+    for patches in (1, 5, 12):
+        assert xca(torch.randn(2, patches, 12)).shape == (2, patches, 12)
 
 
 def test_xca_by_hand_mixes_two_channels_three_to_one():
-    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])    # (1, 3 cells, 2 channels): no cell in common
+    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])    # (1, 3 patches, 2 channels): none in common
     expected = torch.tensor([[[0.75, 0.25], [0.25, 0.75], [0.0, 0.0]]])
     near(bare_attention(2, 1, [math.log(3)])(x), expected)      # softmax of (ln 3, 0) is (3/4, 1/4)
 
@@ -52,13 +52,13 @@ def test_xca_each_head_has_its_own_channels_and_its_own_temperature():
 
 
 def test_xca_against_a_plain_computation():
-    N, cells, dim, heads = 2, 5, 6, 3
-    xca, x, each = CrossCovarianceAttention(dim, heads), torch.randn(N, cells, dim), dim // heads
+    N, patches, dim, heads = 2, 5, 6, 3
+    xca, x, each = CrossCovarianceAttention(dim, heads), torch.randn(N, patches, dim), dim // heads
     with torch.no_grad():
         xca.temperature.copy_(torch.tensor([0.5, 1.0, 4.0])[:, None, None])
-        mixed = torch.empty(N, cells, dim)
+        mixed = torch.empty(N, patches, dim)
         for n in range(N):
-            q, k, v = (x[n] @ xca.qkv.weight.t() + xca.qkv.bias).t().split(dim)     # each (dim, cells)
+            q, k, v = (x[n] @ xca.qkv.weight.t() + xca.qkv.bias).t().split(dim)     # each (dim, patches)
             for h in range(heads):
                 own = range(h * each, (h + 1) * each)
                 for i in own:
@@ -118,10 +118,10 @@ def test_cascade_leaves_its_input_as_it_was():
 
 
 class Echo(nn.Module):
-    """Stands in for the decoder: gives back what it reads, and remembers which positions it was shown."""
+    """Stands in for the decoder: returns its input and keeps the mask that it was given."""
 
     def forward(self, x, mask=None):
-        self.seen = mask
+        self.mask = mask
         return x
 
 
@@ -135,7 +135,7 @@ def echoing(tiny):
     return model
 
 
-def test_eq2_cls_comes_out_first_then_the_words_then_the_cells(echoing):
+def test_eq2_cls_comes_out_first_then_the_words_then_the_patches(echoing):
     text, video = torch.zeros(2, 5, 36), torch.zeros(2, 8, 36)
     h_cls, h_text, h_video = echoing.fuse(video, text, torch.ones(2, 5, dtype=torch.bool))
     assert h_cls.shape == (2, 36)
@@ -154,7 +154,7 @@ def test_eq2_by_hand_each_side_gets_its_token_type(echoing):
 def test_eq2_the_decoder_is_shown_everything_but_padding(echoing):
     mask = torch.tensor([[True, True, True], [True, False, False]])
     echoing.fuse(torch.zeros(2, 4, 36), torch.zeros(2, 3, 36), mask)
-    assert echoing.decoder.seen.int().tolist() == [[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 1, 1]]
+    assert echoing.decoder.mask.int().tolist() == [[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 1, 1]]
 
 
 def test_eq2_one_side_alone_gives_none_for_the_other(echoing):
@@ -163,13 +163,13 @@ def test_eq2_one_side_alone_gives_none_for_the_other(echoing):
     h_cls, h_text, h_video = echoing.fuse(None, text, mask)
     assert h_video is None
     near(h_text, torch.full((2, 3, 36), 12.0))
-    assert echoing.decoder.seen.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert echoing.decoder.mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     h_cls, h_text, h_video = echoing.fuse(video, None, None)
     assert h_text is None
     near(h_video, torch.full((2, 4, 36), 103.0))
 
 
-def test_eq2_token_types_words_and_cells_learn(echoing):
+def test_eq2_token_types_words_and_patches_learn(echoing):
     text, video = torch.zeros(2, 5, 36, requires_grad=True), torch.zeros(2, 8, 36, requires_grad=True)
     h_cls, h_text, h_video = echoing.fuse(video, text, torch.ones(2, 5, dtype=torch.bool))
     (h_cls.sum() + 2 * h_text.sum() + 3 * h_video.sum()).backward()
@@ -199,3 +199,17 @@ def test_recall_at_k_is_the_share_of_queries_whose_right_item_is_among_the_k_bes
 
 def test_a_model_that_scores_everything_alike_recalls_nothing():
     assert rank_of_truth(torch.zeros(2, 5), torch.tensor([0, 3])).tolist() == [5, 5]
+
+
+# -------------------------------------------------------------------------------------- The contrastive loss
+
+
+def test_contrastive_loss_has_the_fp32_gradient_under_autocast():
+    video, text = (nn.functional.normalize(torch.randn(6, 8), dim=-1).requires_grad_() for _ in range(2))
+    inputs, names = (video, text, torch.tensor(14.0, requires_grad=True)), torch.arange(6)
+    expected = contrastive_loss(*inputs, names)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = contrastive_loss(*inputs, names)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    gradients = [torch.autograd.grad(loss, inputs) for loss in (found, expected)]
+    assert all(map(torch.equal, *gradients))

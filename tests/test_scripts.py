@@ -1,363 +1,365 @@
-"""The scripts as a user runs them: short runs, a kill midway, two processes, what bad input gets."""
+"""The scripts as a user runs them: short runs, a kill and a stop midway, two processes, bad input."""
 import json
 import os
 import runpy
+import shutil
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo            # loaded here once; each process below would load it again
 
+import evilm
 import toy_data
 from plain import assert_trained_alike
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}        # the test machine's cores are shared by processes
-QUICK = ("--batch-size", "16", "--workers", "0", "--device", "cpu")
+CLIPS = ("--data", "clips", "--batch-size", "16", "--workers", "0", "--device", "cpu")
+SMALL = [word for field in ("frames=2", "dims=8,16,24,32", "depths=1,1,1,1", "text_width=32", "text_layers=1",
+                            "width=24", "decoder_layers=1", "vit_width=24", "vit_layers=1", "codes=32",
+                            "tokenizer_width=24", "tokenizer_layers=1") for word in ("--config", field)]
+# The tokenizer learns noise here: equal patches make equal codes, between which rounding would decide.
+STAGES = {"pretrain.py": (*CLIPS, *SMALL, "--max-steps", 8, "--save-every", 2),
+          "train_tokenizer.py": (*CLIPS, "--data", "noise", *SMALL, "--max-steps", 6, "--save-every", 2,
+                                 "--revive-after", 2, "--warm", 0.2)}
+UNBROKEN = {"pretrain.py": "whole", "train_tokenizer.py": "noise-whole"}
 
 
-def command(script, *flags):
-    return [sys.executable, str(ROOT / script), *map(str, flags)]
-
-
-def run(script, *flags, folder, expect=0):
-    """The script in a process of its own, forked from this one, in which torch is loaded already."""
-    with tempfile.TemporaryFile("w+") as said:
-        child = os.fork()
-        if not child:
-            os.dup2(said.fileno(), 1)
-            os.dup2(said.fileno(), 2)
-            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
-            signal.alarm(200)               # ends what hangs
-            os._exit(status_of(script, flags, folder))
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said.seek(0)
-        said = said.read()
-    assert status == expect, said
-    return said
-
-
-def status_of(script, flags, folder):
-    """What a script's process would end with."""
-    os.chdir(folder)
-    sys.argv = command(script, *flags)[1:]
+def start(script, *flags, folder, hook=None, **environment):
+    """A script in a process of its own, forked from this one, where torch is loaded -> (its id, its output).
+    `hook` is called in it first."""
+    output = tempfile.TemporaryFile("w+")
+    child = os.fork()
+    if child:
+        return child, output
+    status = 1
     try:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        signal.alarm(120)               # ends what hangs
+        os.setsid()                     # Ctrl-C reaches a script and its workers alone
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        os.chdir(folder)
+        sys.argv = [str(ROOT / script), *map(str, flags)]
+        if hook:
+            hook()
         runpy.run_path(sys.argv[0], run_name="__main__")
-        return 0
+        status = 0
     except SystemExit as end:
-        return end.code or 0
+        status = end.code or 0
     except BaseException:
         traceback.print_exc()
-        return 1
     finally:
         sys.stdout.flush()
-        sys.stderr.flush()
+        os._exit(status)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A working folder with a small synthetic set, and a tokenizer trained on it for a moment."""
-    folder = tmp_path_factory.mktemp("home")
-    toy_data.render(folder / "clips", 150)
-    run("train_tokenizer.py", "--data", "clips", "--max-steps", 6, *QUICK, folder=folder)
-    return folder
+def end(process):
+    """(exit status, output) of a process that `start` gave; minus the signal if one ended it."""
+    status = os.waitstatus_to_exitcode(os.waitpid(process[0], 0)[1])
+    process[1].seek(0)
+    return status, process[1].read()
 
 
-@pytest.fixture(scope="module")
-def unbroken(home):
-    """A pretraining run of eight steps, and what it printed."""
-    return home / "whole", run("pretrain.py", "--data", "clips", "--max-steps", 8, "--keep-at", "0.5",
-                               "--codes", "kept", "--out", "whole", *QUICK, folder=home)
+def run(script, *flags, folder, expect=0, hook=None):
+    status, output = end(start(script, *flags, folder=folder, hook=hook))
+    assert status == expect and "Traceback" not in output, output
+    return output
 
 
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
+def start_two(script, *flags, folder, hook=None):
+    """Two processes of a run, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [start(script, *flags, folder=folder, hook=hook, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2,
+                  LOCAL_WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=port) for rank in range(2)]
+
+
+def after_step(step, act):
+    """A hook: act(run) after a step of the run."""
+    def hook():
+        optimise = evilm.Run.optimise
+
+        def optimise_and_act(run, loss):
+            optimise(run, loss)
+            if run.step == step:
+                act(run)
+        evilm.Run.optimise = optimise_and_act
+    return hook
+
+
+def send(number, rank=0):
+    """What `after_step` does: the process of that rank, and its workers, get a signal."""
+    return lambda run: run.machine.rank == rank and os.killpg(0, number)
+
+
+def train_only():
+    """A hook: the script ends before the final evaluation and the pictures."""
+    evilm.Run.report_speed = lambda run: sys.exit()
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder, name="last"):
+    return torch.load(folder / f"{name}.pt", weights_only=True)["model"]
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_short_tokenizer_run_leaves_what_the_readme_says(home):
-    names = {path.name for path in (home / "runs/tokenizer").iterdir()}
-    assert {"last.pt", "best.pt", "metrics.jsonl", "curves.png", "codebook.png"} <= names
-    last = json.loads((home / "runs/tokenizer/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["split"] == "test" and 0 < last["codebook_usage"] <= 1 and last["codebook_perplexity"] >= 1
+def write_set(folder, captions):
+    """A folder of clips of noise; the first two are the val and the test split as well."""
+    folder.mkdir()
+    rows = [{"video": f"{i}.npy", "caption": caption} for i, caption in enumerate(captions)]
+    for i, row in enumerate(rows):
+        np.save(folder / row["video"], np.random.default_rng(i).integers(0, 255, (4, 64, 64, 3), np.uint8))
+    for name, some in (("train", rows), ("val", rows[:2]), ("test", rows[:2])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
 
 
-def test_a_short_pretraining_run_leaves_what_the_readme_says(unbroken):
-    folder, said = unbroken
-    names = {path.name for path in folder.iterdir()}
-    assert {"last.pt", "best.pt", "at-0.5.pt", "metrics.jsonl", "curves.png", "masked.png",
-            "retrieval.png"} <= names
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    wanted = "vtm mlm mlm_majority mvm mvm_majority mvm_mode mvm_copy mc r1 r5 r10 median_rank " \
-             "codebook_usage codebook_perplexity".split()
-    assert last["split"] == "test" and all(name in last for name in wanted)
-    assert all(0 <= last[name] <= 1 for name in wanted if name not in ("median_rank", "codebook_perplexity"))
-    assert "chance" in said and "next: python" in said
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A working folder with a small synthetic set, and a tokenizer trained on it for a moment."""
+    folder = tmp_path_factory.mktemp("home")
+    toy_data.render(folder / "clips", 80)
+    write_set(folder / "noise", [f"clip number {i}" for i in range(48)])
+    run("train_tokenizer.py", *CLIPS, *SMALL, "--max-steps", 6, folder=folder)
+    return folder
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_resumes_to_the_same_weights(home, unbroken, workers):
-    flags = ("--data", "clips", "--max-steps", 8, "--save-every", 2, "--out", f"killed{workers}", *QUICK)
-    process = subprocess.Popen(command("pretrain.py", *flags), cwd=home, env=ENVIRONMENT,
-                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    last = home / f"killed{workers}/last.pt"
-    while not last.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert torch.load(last, weights_only=True)["step"] < 8, "it was killed too late to show anything"
-    run("pretrain.py", *flags[:-4], "--workers", workers, "--device", "cpu", "--resume", folder=home)
-    assert same(weights(last), weights(unbroken[0] / "last.pt"))
-    lines = [[json.loads(line) for line in open(folder / "metrics.jsonl")]
-             for folder in (last.parent, unbroken[0])]
-    assert lines[0] == lines[1]
+@pytest.fixture(scope="module")
+def whole(home):
+    """An unbroken run of both stages, in the folders UNBROKEN; what pretrain.py printed."""
+    run("train_tokenizer.py", *STAGES["train_tokenizer.py"], "--out", "noise-whole", folder=home)
+    return run("pretrain.py", *STAGES["pretrain.py"], "--keep-at", 0.5, "--out", "whole", folder=home)
 
 
-def test_a_killed_tokenizer_run_resumes_to_the_same_weights(home):
-    flags = ("--data", "clips", "--max-steps", 6, "--revive-after", 1, "--warm", 0.2, *QUICK)
-    run("train_tokenizer.py", *flags, "--out", "t/whole", folder=home)
-    process = subprocess.Popen(command("train_tokenizer.py", *flags, "--save-every", 2, "--out", "t/killed"),
-                               cwd=home, env=ENVIRONMENT, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
-    last = home / "t/killed/last.pt"
-    while not last.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    run("train_tokenizer.py", *flags, "--out", "t/killed", "--resume", folder=home)
-    assert same(weights(last), weights(home / "t/whole/last.pt"))
+# ------------------------------------------------------------------------------------------ what a run leaves
 
 
-def test_the_encoder_learns_from_pictures_and_pretraining_starts_there(home, unbroken):
-    names = {path.name for path in (home / "runs/encoder").iterdir()}
-    assert {"last.pt", "best.pt", "metrics.jsonl", "curves.png"} <= names
-    last = json.loads((home / "runs/encoder/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["split"] == "test" and all(0 <= last[kind] <= 1 for kind in
-                                           ("colour", "shape", "size", "background"))
-    run("pretrain.py", "--data", "clips", "--max-steps", 1, "--lr", 1e-12, "--out", "begun", *QUICK,
-        folder=home)
-    begun, encoder = weights(home / "begun/last.pt"), weights(home / "runs/encoder/best.pt")
-    assert all(torch.allclose(begun[name], weight, atol=1e-8) for name, weight in encoder.items()
-               if name.startswith("video_encoder."))
-
-
-def test_an_encoder_that_was_broken_off_is_trained_to_its_end_first(home):
-    flags = ("--data", "clips", "--init-video", "half", *QUICK)
-    process = subprocess.Popen(command("pretrain.py", *flags, "--max-steps", 300, "--save-every", 2, "--out",
-                                       "unused"), cwd=home, env=ENVIRONMENT, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
-    last = home / "half/last.pt"
-    while not (last.exists() and (home / "half/best.pt").exists()):         # the first evaluation leaves both
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert not (home / "unused").exists()
-    step = torch.load(last, weights_only=True)["step"]
-    said = run("pretrain.py", *flags, "--max-steps", step + 2, "--out", "whole-of-it", folder=home)
-    assert "no trained encoder in half" in said and f"going on from half/last.pt at step {step}" in said
-    assert "starts from half/best.pt" in said
-
-
-def test_pictures_need_tags(home, tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros((4, 64, 64, 3), np.uint8))
-    row = json.dumps({"video": "a.npy", "caption": "a clip"}) + "\n"
-    for name in ("train", "val", "test"):
-        (tmp_path / f"{name}.jsonl").write_text(row)
-    said = run("train_encoder.py", "--data", tmp_path, *QUICK, folder=home, expect=2)
-    assert '"shows"' in said and "Traceback" not in said
-
-
-def test_an_encoder_of_other_sizes_is_refused(home, unbroken):
-    said = run("pretrain.py", "--data", "clips", "--config", "dims=8,16,32,64", "--init-video",
-               "runs/encoder", "--out", "bad", *QUICK, folder=home, expect=2)
-    assert "other sizes" in said and "Traceback" not in said
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(home):
-    process = subprocess.Popen(command("pretrain.py", "--data", "clips", "--max-steps", 500, "--out",
-                                       "stopped", *QUICK), cwd=home, env=ENVIRONMENT,
-                               stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
-    while not (home / "stopped/metrics.jsonl").exists():
-        time.sleep(0.05)
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in said and "Traceback" not in said
-    assert torch.load(home / "stopped/last.pt", weights_only=True)["step"] > 0
-
-
-def test_two_processes_train_to_the_weights_of_one(home, unbroken):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
-                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    flags = ("--data", "clips", "--max-steps", "8", "--out", "two", *QUICK)
-    done = subprocess.run([*torchrun, *command("pretrain.py", *flags)[1:]], cwd=home, env=ENVIRONMENT,
-                          timeout=200, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    one, two = weights(unbroken[0] / "last.pt"), weights(home / "two/last.pt")
-    assert_trained_alike(one, two)      # the toy preset has no dropout
-
-
-def test_accumulation_changes_no_result(home, unbroken):
-    run("pretrain.py", "--data", "clips", "--max-steps", 8, "--accumulate", 3, "--out", "parts", *QUICK,
-        folder=home)
-    one, parts = weights(unbroken[0] / "last.pt"), weights(home / "parts/last.pt")
-    for name in one:
-        torch.testing.assert_close(parts[name], one[name], rtol=1e-3, atol=2e-4)
-
-
-def test_kept_codes_are_the_online_codes(home, unbroken):
-    run("pretrain.py", "--data", "clips", "--max-steps", 8, "--codes", "online", "--out", "online", *QUICK,
-        folder=home)
-    kept, online = ([json.loads(line) for line in open(folder / "metrics.jsonl")]
-                    for folder in (unbroken[0], home / "online"))
-    assert kept[0]["loss_mvm"] == pytest.approx(online[0]["loss_mvm"], rel=1e-3)
-
-
-def test_an_older_run_is_moved_aside_not_overwritten(home):
-    flags = ("--data", "clips", "--max-steps", 1, "--tokenizer", "none", "--out", "again", *QUICK)
-    run("pretrain.py", *flags, folder=home)
-    before = weights(home / "again/last.pt")
-    said = run("pretrain.py", *flags, "--seed", 1, folder=home)
-    assert "moved to again.1" in said and same(before, weights(home / "again.1/last.pt"))
+def test_short_runs_leave_what_the_readme_says(home, whole):
+    for folder, names in ((home / "runs/tokenizer", ["codebook.png"]),
+                          (home / "whole", ["at-0.5.pt", "masked.png", "retrieval.png"])):
+        found = {path.name for path in folder.iterdir()}
+        assert {"last.pt", "best.pt", "metrics.jsonl", "curves.png", *names} <= found
+    for last in (metrics(home / "runs/tokenizer")[-1], metrics(home / "whole")[-1]):
+        assert last["split"] == "test" and 0 < last["codebook_usage"] <= 1 <= last["codebook_perplexity"]
+    assert last["median_rank"] >= 1 and all(0 <= last[name] <= 1 for name in (
+        "vtm mlm mlm_majority mlm_other mvm mvm_majority mvm_mode mvm_copy mc r1 r5 r10".split()))
+    for line in ("masking 1 of 4 patches a frame (25%)", "chance 50%", "next: python"):
+        assert line in whole
 
 
 @pytest.mark.parametrize("objectives", ["vtm", "mlm", "mvm", "vtm,mlm"])
 def test_each_objective_can_be_trained_alone(home, objectives):
     out = "only-" + objectives.replace(",", "-")
-    run("pretrain.py", "--data", "clips", "--max-steps", 2, "--objectives", objectives, "--out", out, *QUICK,
+    run("pretrain.py", *CLIPS, *SMALL, "--max-steps", 1, "--objectives", objectives, "--out", out,
         folder=home)
-    last = json.loads((home / out / "metrics.jsonl").read_text().splitlines()[-1])
-    for name in ("vtm", "mlm", "mvm"):
-        assert (name in last) == (name in objectives)
+    for line in metrics(home / out):
+        assert {name for name in ("vtm", "mlm", "mvm") if name in line} == set(objectives.split(","))
 
 
-def test_mvm_can_mask_without_predicting(home, unbroken):
-    heads = {}
-    for weight in ("0", "1"):
-        run("pretrain.py", "--data", "clips", "--max-steps", 2, "--tokenizer", "runs/tokenizer", "--config",
-            f"mvm_weight={weight}", "--out", f"weight-{weight}", *QUICK, folder=home)
-        heads[weight] = weights(home / f"weight-{weight}/last.pt")["mvm_head.3.bias"]
-    assert not heads["0"].any() and heads["1"].any(), "a bias begins at 0 and has no decay"
+def test_mvm_can_mask_without_predicting(home, whole):
+    run("pretrain.py", *STAGES["pretrain.py"], "--config", "mvm_weight=0.0", "--out", "weight-0", folder=home,
+        hook=train_only)
+    biases = [weights(home / out)["mvm_head.3.bias"] for out in ("weight-0", "whole")]
+    assert not biases[0].any() and biases[1].any(), "a bias begins at 0 and has no decay"
+
+
+def test_an_older_run_is_moved_aside_not_overwritten(home):
+    flags = (*CLIPS, *SMALL, "--max-steps", 1, "--tokenizer", "none", "--out", "again")
+    run("pretrain.py", *flags, folder=home, hook=train_only)
+    before = weights(home / "again")
+    assert "is now again.1" in run("pretrain.py", *flags, "--seed", 1, folder=home, hook=train_only)
+    assert same(before, weights(home / "again.1")) and not same(before, weights(home / "again"))
+
+
+def test_pretraining_trains_a_missing_tokenizer_first_and_finishes_one_that_was_stopped(home):
+    flags = (*CLIPS, *SMALL, "--max-steps", 3, "--tokenizer", "made", "--out", "after")
+    output = run("pretrain.py", *flags, folder=home, expect=130, hook=after_step(2, send(signal.SIGINT)))
+    assert "no tokenizer in made" in output and not (home / "after").exists()
+    assert "going on from made/last.pt at step 2" in run("pretrain.py", *flags, folder=home)
+    assert metrics(home / "made")[-1]["split"] == metrics(home / "after")[-1]["split"] == "test"
+
+
+# ---------------------------------------------------------------------------- kills, stops, several processes
+
+
+@pytest.mark.parametrize("script, workers, number, status", [
+    ("pretrain.py", 0, signal.SIGKILL, -9), ("pretrain.py", 2, signal.SIGINT, 130),
+    ("train_tokenizer.py", 2, signal.SIGKILL, -9), ("train_tokenizer.py", 0, signal.SIGTERM, 143)])
+def test_a_killed_or_stopped_run_resumes_to_the_same_weights(home, script, workers, number, status):
+    flags, unbroken = (*STAGES[script], "--config", "dropout=0.1"), home / f"dropout-{script}"
+    if not unbroken.exists():
+        run(script, *flags, "--out", unbroken.name, folder=home, hook=train_only)
+    flags = (*flags, "--workers", workers, "--out", f"{script}-{status}")
+    output = run(script, *flags, folder=home, expect=status, hook=after_step(5, send(number)))
+    stopped, kept = home / f"{script}-{status}", 4 if number == signal.SIGKILL else 5
+    assert torch.load(stopped / "last.pt", weights_only=True)["step"] == kept
+    assert ("stopped at step 5, saved; --resume goes on" in output) == (kept == 5)
+    run(script, *flags, "--resume", folder=home, hook=train_only)
+    assert all(same(weights(stopped, name), weights(unbroken, name)) for name in ("last", "best"))
+    assert metrics(stopped) == metrics(unbroken)
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_two_processes_stopped_once_train_to_the_weights_of_one(home, whole, script):
+    flags = (*STAGES[script], "--out", f"two-{script}")
+    for process in start_two(script, *flags, folder=home, hook=after_step(3, send(signal.SIGTERM, rank=1))):
+        assert end(process)[0] == 143
+    for process in start_two(script, *flags, "--resume", folder=home, hook=train_only):
+        assert end(process)[0] == 0
+    one, two = home / UNBROKEN[script], home / f"two-{script}"
+    assert_trained_alike(weights(one), weights(two))
+    losses = [{name: x for name, x in metrics(folder)[0].items() if "loss" in name} for folder in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0]
+
+
+@pytest.mark.parametrize("script, flag, value", [
+    ("pretrain.py", "--accumulate", 4), ("train_tokenizer.py", "--accumulate", 4),
+    ("pretrain.py", "--codes", "offline")])
+def test_accumulation_and_offline_codes_train_to_the_same_weights(home, whole, script, flag, value):
+    out = f"{script}{flag}"
+    run(script, *STAGES[script], flag, value, "--out", out, folder=home, hook=train_only)
+    assert_trained_alike(weights(home / UNBROKEN[script]), weights(home / out))
+
+
+def test_the_codebook_starts_at_the_encoder_outputs_of_all_processes(home):
+    flags = (*CLIPS, *SMALL, "--config", "codes=100", "--max-steps", 2, "--warm", 0.5, "--lr", 0)
+    run("train_tokenizer.py", *flags, "--out", "warm-one", folder=home, hook=train_only)
+    for process in start_two("train_tokenizer.py", *flags, "--out", "warm-two", folder=home, hook=train_only):
+        assert end(process)[0] == 0
+    one, two = (weights(home / out)["quantizer.codebook"] for out in ("warm-one", "warm-two"))
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)      # of 128 vectors, 64 a process
+    torch.testing.assert_close(one.norm(dim=1), torch.ones(100))    # the outputs are normalised
+    assert len(one.unique(dim=0)) > 90, "without replacement; equal patches have equal outputs"
+
+
+def test_a_random_codebook_is_not_overwritten_where_no_warm_up_is_asked_for(home):
+    run("train_tokenizer.py", *CLIPS, *SMALL, "--max-steps", 1, "--warm", 0, "--lr", 1e-3, "--out", "cold",
+        folder=home, hook=train_only)
+    checkpoint = torch.load(home / "cold/last.pt", weights_only=True)
+    torch.manual_seed(0)
+    initial = evilm.SemanticTokenizer(evilm.Config(**checkpoint["config"])).quantizer.codebook
+    moved = (checkpoint["model"]["quantizer.codebook"] - initial).abs().max()
+    assert 0 < moved < 1.1e-3, "AdamW's first step moves a weight by the rate at most, and by its decay"
+
+
+def test_a_run_whose_peer_was_killed_ends_in_one_line(home):
+    first, second = start_two("pretrain.py", *STAGES["pretrain.py"], "--out", "orphan", folder=home,
+                              hook=after_step(3, send(signal.SIGKILL, rank=1)))
+    assert end(second)[0] == -signal.SIGKILL
+    status, output = end(first)         # `start` ends it after two minutes, by another status
+    assert status == 1 and output.count("error:") == 1 and "Traceback" not in output, output
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_older_checkpoint(home):
+    def spoil(run):
+        run.loss = run.loss * torch.nan
+    output = run("train_tokenizer.py", *STAGES["train_tokenizer.py"], "--out", "wild", folder=home, expect=2,
+                 hook=after_step(4, spoil))
+    assert "error: the loss is not finite at step 4" in output
+    assert torch.load(home / "wild/last.pt", weights_only=True)["step"] == 2
+
+
+def test_a_broken_clip_is_named_once_replaced_and_counted(tmp_path):
+    write_set(tmp_path / "mine", [f"clip number {i}" for i in range(6)])
+    (tmp_path / "mine/3.npy").write_bytes(b"\x93NUMPY cut off")
+    flags = ("--data", "mine", "--max-steps", 3, "--workers", 0, "--device", "cpu", *SMALL)
+    output = run("train_tokenizer.py", *flags, "--out", "broken", folder=tmp_path)
+    assert output.count("broken clip, replaced") == 1 and "broken clips: 1" in output and "3.npy" in output
+    assert "3.npy" in refused(tmp_path, "train_tokenizer.py", *flags, "--strict")
+
+
+def test_the_paper_preset_without_published_weights_warns(home):
+    output = run("train_tokenizer.py", *CLIPS, *SMALL, "--preset", "paper", "--max-steps", 1, "--out",
+                 "paper", folder=home, hook=train_only)
+    assert "without --init-tokenizer FILE" in output and "collapse" in output
 
 
 # -------------------------------------------------------------------------------------------------- bad input
 
-BAD = {
-    "no such folder": (("--data", "nowhere"), "nowhere"),
-    "no such preset": (("--preset", "huge"), "huge"),
-    "no such objective": (("--objectives", "vtm,xyz"), "--objectives"),
-    "tokenizer is no checkpoint": (("--tokenizer", "clips/train.jsonl.pt"), "train.jsonl.pt"),
-    "nothing to resume": (("--resume", "--out", "never"), "never/last.pt"),
-    "kept codes of another kind of checkpoint": (("--tokenizer", "whole/best.pt"), "tokenizer"),
-    "vocabulary is not there": (("--vocab", "nowhere.txt"), "nowhere.txt"),
-    "share is no number": (("--keep-at", "half"), "--keep-at"),
-    "a field that has a flag": (("--config", "batch_size=8"), "--batch-size"),
-    "a field that follows from the words": (("--config", "words=8"), "vocab_rows"),
-}
+BAD = {     # the command, and what the line names
+    "pretrain.py --data nowhere": "nowhere", "pretrain.py --data clips/train.jsonl": "is a file",
+    "pretrain.py --data line-2": "train.jsonl:2", "pretrain.py --data marks": "hold no words",
+    "pretrain.py --preset paper --tokenizer absent": "train_tokenizer.py --preset paper --init-tokenizer",
+    "pretrain.py --objectives vtm,xyz": "vtm,xyz",
+    "pretrain.py --tokenizer none --objectives mvm": "--tokenizer none",
+    "pretrain.py --tokenizer clips/train.jsonl": "train.jsonl: not a checkpoint",
+    "pretrain.py --tokenizer whole/best.pt": "'pretrain'", "pretrain.py --data other": "another vocabulary",
+    "pretrain.py --resume --out never": "never/last.pt",
+    "pretrain.py --resume --out whole --seed 5": "another seed (0, now 5)",
+    "pretrain.py --vocab nowhere.txt": "nowhere.txt", "pretrain.py --vocab specials.txt": "no word",
+    "pretrain.py --config mask_ratio=0.1": "masks 0 of a frame's 4 patches",
+    "pretrain.py --config mask_ratio=0.9": "masks 4 of a frame's 4 patches",
+    "pretrain.py --config mask_ratio=nan": "mask_ratio=nan",
+    "pretrain.py --accumulate 3": "16 clips cannot be divided",
+    "pretrain.py --max 3": "--max", "pretrain.py --config no_field=1": "no_field",
+    "pretrain.py --init-video nowhere.pth": "nowhere.pth",
+    "pretrain.py --init-text clips/train.jsonl": "--vocab",
+    "finetune.py qa --init whole --data beige-test": "qa_test.jsonl",
+    "finetune.py qa --init whole --data beige-val": "qa_val.jsonl",
+    "finetune.py mc --set mine --init whole --data one-option": "mc_mine_train.jsonl:1",
+    "finetune.py mc --set mine --init whole --data answer-5": "mc_mine_val.jsonl:1",
+    "finetune.py qa --data clips --init whole --preset paper": "whole",
+    "finetune.py qa --data clips --init nowhere": "nowhere/best.pt: there is no such file",
+    "finetune.py qa --data clips --init x.pth": "x.pth: there is no such file",
+    "finetune.py search red --init whole --videos nowhere": "nowhere"}
+if not torch.cuda.is_available():
+    BAD["pretrain.py --device cuda"] = "--device cuda: PyTorch finds none"
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_in_one_line_and_status_2(home, unbroken, name):
-    flags, named = BAD[name]
-    out = () if "--out" in flags else ("--out", "bad")
-    flags = flags if "--data" in flags else (*flags, "--data", "clips")
-    said = run("pretrain.py", *flags, *out, "--max-steps", 1, *QUICK, folder=home, expect=2)
-    errors = [line for line in said.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and named in errors[0] and "Traceback" not in said
-    assert not (home / "bad").exists()
+@pytest.fixture(scope="module")
+def bad(home, whole):
+    """The working folder with sets in it that cannot be used."""
+    def ask(answer="red", options=list("abcde"), place=0):
+        row = {"video": "clips/00000.gif", "question": "what colour?"}
+        return {"qa": row | {"answer": answer}, "mc_mine": row | {"options": options, "answer": place}}
 
-
-def asked(answer="red", options=list("abcde"), place=0):
-    """The files of a set of questions on one clip, {name: its only row}."""
-    row = {"video": "clips/00000.gif", "question": "what colour?"}
-    return {"qa": row | {"answer": answer}, "mc_mine": row | {"options": options, "answer": place}}
-
-
-BAD_TASKS = {
-    "answers that training has not": ("qa", {"train": asked(), "val": asked(), "test": asked("beige")},
-                                      "qa_test.jsonl: none of its answers"),
-    "the same of val": ("qa", {"train": asked(), "val": asked("beige"), "test": asked()},
-                        "qa_val.jsonl: none of its answers"),
-    "four options": ("mc --set mine", {"train": asked(options=list("abcd"))}, "mc_mine_train.jsonl:1"),
-    "an answer out of range": ("mc --set mine", {"val": asked(place=5)}, "mc_mine_val.jsonl:1"),
-    "a model of the toy preset": ("qa --preset paper --init whole", {}, "--init whole"),
-    "no such model": ("qa --init nowhere", {}, "nowhere"),
-    "no such folder of clips": ("search anything --videos nowhere --init whole", None, "whole"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_TASKS)
-def test_a_task_ends_bad_input_in_one_line_and_status_2(home, unbroken, tmp_path, name):
-    task, splits, named = BAD_TASKS[name]
-    flags = task.split()
-    if splits is not None:
+    for name, changed in (("beige-test", {"test": ask("beige")}), ("beige-val", {"val": ask("beige")}),
+                          ("one-option", {"train": ask(options=["a"])}), ("answer-5", {"val": ask(place=5)})):
+        (home / name).mkdir()
+        (home / name / "clips").symlink_to(home / "clips/clips")
         for split in ("train", "val", "test"):
-            for files, row in splits.get(split, asked()).items():
-                (tmp_path / f"{files}_{split}.jsonl").write_text(json.dumps(row) + "\n")
-        (tmp_path / "clips").symlink_to(home / "clips/clips")
-        flags += ["--data", tmp_path, "--out", "bad", *QUICK, *["--init", "whole"] * ("--init" not in flags)]
-    said = run("finetune.py", *flags, folder=home, expect=2)
-    errors = [line for line in said.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and named in errors[0] and "Traceback" not in said
-    assert not (home / "bad").exists() and not (home / "search.png").exists()
+            for task, row in changed.get(split, ask()).items():
+                (home / name / f"{task}_{split}.jsonl").write_text(json.dumps(row) + "\n")
+    write_set(home / "other", [f"clip number {i}" for i in range(6)])
+    write_set(home / "marks", ["\u0301" * (i + 1) for i in range(6)])
+    write_set(home / "line-2", [f"clip number {i}" for i in range(6)])
+    (home / "line-2/train.jsonl").write_text('{"video": "0.npy", "caption": "a"}\n{"video": "1.npy"}\n')
+    (home / "specials.txt").write_text("\n".join(evilm.SPECIAL))
+    return home
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none(home):
-    assert "--device cuda" in run("pretrain.py", "--device", "cuda", folder=home, expect=2)
+def refused(folder, script, *flags):
+    """The one line with which a script ends at bad input, status 2; it leaves no folder for the run."""
+    output = run(script, *flags, *["--out", "bad"] * ("--out" not in flags), folder=folder, expect=2)
+    last = output.splitlines()[-1]
+    assert last.startswith("error:") and output.count("error:") == 1, output
+    assert not (folder / "bad").exists() and not (folder / "search.png").exists()
+    return last
 
 
-def test_flags_are_never_abbreviated(home):
-    assert "unrecognized arguments: --max" in run("pretrain.py", "--max", "3", folder=home, expect=2)
+@pytest.mark.parametrize("command", BAD)
+def test_bad_input_ends_in_one_line_and_status_2(bad, command):
+    script, *flags = command.split()
+    assert BAD[command] in refused(bad, script, *STAGES.get(script, ()), *flags)
 
 
-def test_a_bad_line_is_named(home, tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"video": "a.gif", "caption": "a"}\n{"video": "b.gif"}\n')
-    said = run("train_tokenizer.py", "--data", tmp_path, "--out", "bad", *QUICK, folder=home, expect=2)
-    assert "train.jsonl:2" in said and "Traceback" not in said
-
-
-def test_a_tokenizer_of_other_words_is_refused(home):
-    toy_data.render(home / "other", 45, seed=9)
-    said = run("pretrain.py", "--data", "other", "--out", "bad", *QUICK, folder=home, expect=2)
-    assert "another vocabulary" in said
-
-
-def test_resuming_with_other_flags_is_refused(home, unbroken):
-    said = run("pretrain.py", "--data", "clips", "--max-steps", 8, "--seed", 5, "--out", "whole", "--resume",
-               *QUICK, folder=home, expect=2)
-    assert "--seed" in said
-
-
-def test_a_broken_clip_is_named_once_replaced_and_counted(home, tmp_path):
-    frames = np.random.default_rng(0).integers(0, 255, (6, 4, 64, 64, 3), np.uint8)
-    rows = [{"video": f"{i}.npy", "caption": f"clip number {i}"} for i in range(6)]
-    for row, clip in zip(rows, frames):
-        np.save(tmp_path / row["video"], clip)
-    (tmp_path / "3.npy").write_bytes(b"\x93NUMPY cut off")
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("val", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    flags = ("--data", tmp_path, "--max-steps", 3, *QUICK)
-    said = run("train_tokenizer.py", *flags, "--out", "broken", folder=home)
-    assert said.count("broken clip, replaced") == 1 and "broken clips: 1" in said and "3.npy" in said
-    said = run("train_tokenizer.py", *flags, "--strict", "--out", "strict", folder=home, expect=2)
-    assert "3.npy" in said and "Traceback" not in said
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(home):
-    said = run("train_tokenizer.py", "--data", "clips", "--max-steps", 6, "--lr", 1e30, "--out", "wild",
-               *QUICK, folder=home, expect=2)
-    assert "not finite at step" in said and "Traceback" not in said
+@pytest.mark.parametrize("content", [b'{"step": 1, "spl', b"\x93\xff\x00", b"[1]\n", b'{"step": 1}\n'])
+def test_damaged_metrics_are_refused_by_name(home, whole, content):
+    shutil.copytree(home / "whole", home / "damaged", dirs_exist_ok=True)
+    (home / "damaged/metrics.jsonl").write_bytes(content)
+    flags = (*STAGES["pretrain.py"], "--out", "damaged", "--resume")
+    assert "metrics.jsonl" in refused(home, "pretrain.py", *flags)
