@@ -1,15 +1,16 @@
 """E-ViLM: efficient video-language model by masked video modeling with a semantic vector-quantized tokenizer.
 
 The whole method in one file, in the paper's order and words (Fang, Zheng, Sharma, Piramuthu, 2023). What the
-method needs to run (published weights, devices, checkpoints) stands below the line "the paper ends here".
-`python evilm.py` prints Table 8, ours beside the paper's; `python evilm.py --trace` follows one clip through.
+method needs to run (published weights, devices, checkpoints), and Table 8, stand below the line "the paper
+ends here". `python evilm.py` prints Table 8, ours beside the paper's; `python evilm.py --trace` prints the
+shapes of one clip at every step.
 
     paper                                   here
     3.1   video encoder (EdgeNeXt)          EdgeNeXt, ConvEncoder, SDTAEncoder, CrossCovarianceAttention
     3.1   language encoder (tiny BERT)      WordPiece, TextEmbedding, Transformer
     3.1   multi-modal decoder               Transformer
     (1)   e^V, e^L                          EViLM.encode_video, EViLM.encode_text
-    (2)   h^CLS, h^L, h^V                   EViLM.fuse
+    (1), (2)  h = DEC_VL(e^V, e^L)          EViLM.fuse
     3.2   masked frames                     block_mask (4.1), mask_frames
     (3)   L_MVM                             mvm_loss
     (4)   nearest code                      VectorQuantizer
@@ -27,9 +28,9 @@ method needs to run (published weights, devices, checkpoints) stands below the l
     4.4   fast retrieval                    FastRetrieval, contrastive_loss
     4.5   Table 8                           table8, multiply_adds
 
-Shapes: B clips, T frames, L tokens of a caption, g patches a side, N = T*g*g patches, D the decoder's width,
-K words, M codes. A `mask` is True where something is there (a real word); `masked` is True where something
-was masked.
+Shapes: B clips, T frames, L tokens of a caption, g patches a side, N = T*g*g patches, D the multi-modal
+decoder's width (in 3.1 the paper's D is the encoder's), K words without special tokens (Eq. 6), M codes. A
+`mask` is True for real tokens, False for padding; `masked` is True where something was masked.
 """
 import argparse
 import ast
@@ -71,7 +72,7 @@ class Config:
     """
     preset: str = "paper"               # ours
     frames: int = 4                     # paper: T, sparsely sampled
-    size: int = 256                     # paper: pixels a side; a patch is 32x32, so g = size / 32
+    size: int = 256                     # paper: pixels a side; inferred: a patch is 32x32, EdgeNeXt's stride
     # Video encoder: EdgeNeXt-Small (paper); the numbers are its release's.
     depths: tuple = (3, 3, 9, 3)        # inferred: blocks a stage
     dims: tuple = (48, 96, 160, 304)    # inferred: channels a stage
@@ -88,7 +89,7 @@ class Config:
     text_heads: int = 4                 # paper
     max_words: int = 30                 # ours: tokens a caption, [CLS] and [SEP] too; WebVid's mean is 20
     # Multi-modal decoder
-    width: int = 384                    # paper: D
+    width: int = 384                    # paper: the decoder's hidden size, D here
     decoder_layers: int = 4             # paper
     decoder_heads: int = 6              # inferred: BERT's 64 channels a head
     decoder_pre_norm: bool = False      # inferred: BERT's post-norm; Table 8 allows either
@@ -103,32 +104,32 @@ class Config:
     tokenizer_layers: int = 8           # paper
     tokenizer_heads: int = 6            # ours
     # Other tokenizers (4.3, Tables 6 and 7)
-    tokenizer_target: str = "words"     # paper: what D reads from the codes, "words" or "pixels"
+    tokenizer_target: str = "words"     # paper: words; ours: "pixels", in DALL-E's place
     tokenizer_encoder: str = "vit"      # paper: E, "vit" or "videoswin"
     swin_dim: int = 96                  # inferred: Video Swin-T, channels of stage 1, doubled each stage
     swin_depths: tuple = (2, 2, 6, 2)   # inferred
     swin_heads: tuple = (3, 6, 12, 24)  # inferred
     swin_window: tuple = (8, 7, 7)      # inferred: frames, rows and columns of an attention window
     # Masking and losses
-    mask_ratio: float = 0.40            # paper: of each frame's patches
-    blocks: bool = True                 # paper: block-wise; False: single patches
+    mask_ratio: float = 0.40            # paper: 40%; ours: in each frame alike
+    blocks: bool = True                 # paper: block-wise; ours: False, single patches
     word_ratio: float = 0.15            # paper
-    mvm_weight: float = 1.0             # paper: of L_MVM in Eq. (8); 0: patches are masked, none predicted
+    mvm_weight: float = 1.0             # paper: of L_MVM in Eq. (8); 0: masked patches train nothing
     word_weight: float = 1.0            # paper: of L_TOKEN in Eq. (7), which is small by its 1/K
     pixel_weight: float = 200.0         # ours: of the pixel loss in its place
-    negatives: int = 1                  # ours: captions drawn for a mismatch, the closest in words is taken
-    video_positions: float = 1.0        # ours: factor on the sines of time and place in e^V; 0: none
+    negatives: int = 1                  # ours: captions drawn for a mismatch; the most similar is used
+    video_positions: float = 1.0        # ours: factor on the position sines added to e^V; 0 turns them off
     augment: bool = True                # paper: random; ours: one crop a clip, no flip ("left" is a word)
     # Training
     batch_size: int = 64                # ours: 15K steps (Fig. 6) in 20 epochs would be 3,300 clips
     epochs: int = 20                    # paper
-    lr: float = 1e-4                    # paper
-    weight_decay: float = 0.01          # paper
+    lr: float = 1e-4                    # paper: "initial"; here the peak after warm-up
+    weight_decay: float = 0.01          # paper: pre-training's; inferred: the tokenizer's
     warmup: float = 0.05                # ours: fraction of the steps; then a cosine
     tokenizer_batch_size: int = 64      # ours
     tokenizer_epochs: int = 10          # paper
     tokenizer_lr: float = 2e-4          # paper
-    # A tokenizer from scratch collapses to one point, where Eq. (7)'s code terms vanish; hence these two.
+    # From scratch, E can map all patches to one point, which minimises Eq. (7)'s code terms. These help.
     tokenizer_warm: float = 0.0         # ours: fraction of the steps in which D reads E(X) unquantized
     tokenizer_revive: int = 0           # ours: steps after which an unused code is moved; 0: never
 
@@ -298,7 +299,8 @@ PAD, UNK, CLS, SEP, MASK = range(5)     # every vocabulary made here begins with
 
 
 class WordPiece:
-    """BERT-uncased's splitting: words by greedy longest match in a vocabulary, `##` for what continues."""
+    """BERT-uncased's splitting: words by greedy longest match in a vocabulary; `##` marks pieces that
+    continue a word."""
 
     def __init__(self, vocab):
         missing = [token for token in SPECIAL if token not in vocab]
@@ -467,8 +469,8 @@ class TextEmbedding(nn.Module):
 def space_time_sines(T, g, width, device=None):
     """Fixed sines of a patch's frame, row and column: (T*g*g, width), of length sqrt(width / 2) each.
 
-    Ours: the paper names no positions for e^V and Table 8 has no parameters for them. Without any, clips that
-    move left and right would be the same set of patches to the decoder.
+    Ours: the paper mentions no position embeddings for e^V, and Table 8 has no parameters for them. Without
+    any, clips that move left and right would be the same set of patches to the decoder.
     """
     waves = width // 6                                                  # sine and cosine for each of t, y, x
     frequency = 100.0 ** (-torch.arange(waves, device=device) / waves)  # positions stay below 100
@@ -528,7 +530,7 @@ def start_centred(encoder, frames):
 
 
 def prediction_head(width, classes):
-    """HEAD of a masked word or patch, BERT's: (n, width) -> logits (n, classes)."""
+    """HEAD^V, and MLM's head: (n, width) -> logits (n, classes). The layers are BERT's."""
     return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, classes))
 
 
@@ -542,7 +544,7 @@ class EViLM(nn.Module):
         assert 3 <= c.max_words <= c.positions, f"max_words, {c.max_words}, must lie in 3 to positions"
         fractions = c.mask_ratio, c.word_ratio, c.dropout, c.warmup, c.tokenizer_warm
         assert all(0 <= fraction <= 1 for fraction in fractions), "ratios, dropout and warm-up lie in 0 to 1"
-        self.vocab = None           # the rows' words, which load_published follows
+        self.vocab = None           # words of the embedding rows, which load_published matches
         self.normalise = Normalise(*IMAGENET)
         self.video_encoder = EdgeNeXt(c.depths, c.dims, c.kernels, c.scales, c.xca_heads, c.layer_scale)
         self.video_proj = nn.Linear(c.dims[-1], c.width)
@@ -552,7 +554,7 @@ class EViLM(nn.Module):
         self.token_type = nn.Parameter(0.02 * torch.randn(3, c.width))      # e^CLS, t^L, t^V
         self.decoder = Transformer(c.decoder_layers, c.width, c.decoder_heads, pre_norm=c.decoder_pre_norm,
                                    dropout=c.dropout)
-        # Pre-norm blocks leave their sum unnormalised. Their norm's 768 would hide in Table 8's rounding.
+        # Pre-norm needs a final norm, whose 768 parameters would not change Table 8's rounded 7.1M.
         self.decoder_norm = nn.LayerNorm(c.width) if c.decoder_pre_norm else nn.Identity()
         self.pooler = nn.Sequential(nn.Linear(c.width, c.width), nn.Tanh())
         self.vtm_head = nn.Linear(c.width, 2)
@@ -561,7 +563,7 @@ class EViLM(nn.Module):
         self.apply(initialise)
 
     def encode_video(self, frames):
-        """Eq. (1): e^V, with the sines of time and place. (B, T, 3, H, W) in [0, 1] -> (B, N, D).
+        """Eq. (1): e^V, plus ours: `space_time_sines`. (B, T, 3, H, W) in [0, 1] -> (B, N, D).
 
         The paper writes I_0 to I_T, which would be T + 1 frames; 4.1 has T = 4.
         """
@@ -583,11 +585,11 @@ class EViLM(nn.Module):
         """
         e_cls, t_text, t_video = self.token_type
         B = len(video if text is None else text)
-        parts, visible = [e_cls.expand(B, 1, -1)], None
+        parts, visible = [e_cls.expand(B, 1, -1)], None             # [e^CLS, e^L + t^L, e^V + t^V]
         if text is not None:
             parts.append(text + t_text)
-            others = 1 + (0 if video is None else video.shape[1])
-            visible = torch.cat([mask.new_ones(B, 1), mask, mask.new_ones(B, others - 1)], 1)
+            patches = 0 if video is None else video.shape[1]
+            visible = torch.cat([mask.new_ones(B, 1), mask, mask.new_ones(B, patches)], 1)
         if video is not None:
             parts.append(video + t_video)
         h = self.decoder_norm(self.decoder(torch.cat(parts, 1), visible))                   # Eq. (2)
@@ -600,12 +602,12 @@ class EViLM(nn.Module):
         return logits[:, 1] - logits[:, 0]
 
     def forward(self, frames, ids, mask, masked_words=None, masked_patches=None, mismatched=None):
-        """One masked pass for all objectives of Eq. (8); the paper does not say how many a step takes.
+        """One masked pass for all objectives of Eq. (8); the paper does not say how many passes a step takes.
 
-        frames (B, T, 3, H, W) and ids (B, L) have masked what is to be predicted; mask (B, L) is the text's.
+        frames (B, T, 3, H, W) and ids (B, L) are already masked; mask (B, L) is the text's.
         `masked_words` (B, L) and `masked_patches` (B, N) are True where something was masked; `mismatched` is
         (ids, mask) of one wrong caption a clip, of the same L. Returns (vtm (2B, 2): the matched pairs, then
-        the mismatched; mlm (words masked, K); mvm (patches masked, M)), None for each that was not asked for.
+        the mismatched; mlm (words masked, vocab_size); mvm (patches masked, M)), None where not asked for.
         """
         B = len(frames)
         video = self.encode_video(frames)                                                   # once a clip
@@ -658,7 +660,7 @@ def block_mask(n, grid, ratio, generator):
 
 
 def random_mask(n, grid, ratio, generator):
-    """As many patches, drawn one by one: what block-wise masking is compared with. Bool (n, grid, grid)."""
+    """As many patches, masked independently: the baseline for block-wise masking. Bool (n, grid, grid)."""
     order = torch.rand(n, grid * grid, generator=generator).argsort(1).argsort(1)
     return (order < round(ratio * grid * grid)).view(n, grid, grid)
 
@@ -681,7 +683,7 @@ def mean_cross_entropy(logits, targets, count=None):
 
 
 def mvm_loss(logits, targets, count=None):
-    """Eq. (3): the mean over N masked patches. logits (N, M), targets (N,) codes -> scalar.
+    """Eq. (3): the mean over the batch's masked patches. logits (n, M), targets (n,) codes -> scalar.
 
     The paper's minus before a cross-entropy, which is already positive, is one too many.
     """
@@ -725,7 +727,8 @@ def grid_of(x, window, sides):
 
 
 def shift_mask(sides, window, shift, device):
-    """True for pairs of a window's patches that the shift brought together: (windows, patches, patches)."""
+    """True for pairs of a window's patches that are neighbours by the cyclic shift alone, and must not attend
+    to each other: (windows, patches, patches)."""
     wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(sides, shift)]
     t, y, x = torch.meshgrid(*wrapped, indexing="ij")
     region = windows_of((4 * t + 2 * y + x)[None, ..., None], window)[0, ..., 0]        # (windows, patches)
@@ -833,8 +836,9 @@ class VideoSwin(nn.Module):
 class VectorQuantizer(nn.Module):
     """q of Eq. (4): nearest code of a learned codebook. (..., dim) -> quantized (..., dim), ids (...), loss.
 
-    Both sides are l2-normalised, so unit vectors come out and the nearest code is the largest inner product.
-    `loss` is the last two terms of Eq. (7), squared norms averaged over patches, without weights.
+    Both sides are l2-normalised (4.1), so unit vectors come out and the nearest code is the largest inner
+    product. `loss` is the last two terms of Eq. (7). The paper writes squared norms over all of E(X); ours
+    are averaged over patches.
     """
 
     def __init__(self, codes, dim):
@@ -849,7 +853,7 @@ class VectorQuantizer(nn.Module):
         nearest = F.embedding(ids, codebook)
         codebook_term = ((x.detach() - nearest) ** 2).sum(-1).mean()                        # Eq. (7), term 2
         commitment_term = ((x - nearest.detach()) ** 2).sum(-1).mean()                      # Eq. (7), term 3
-        quantized = x + (nearest - x).detach()                      # straight-through gradient to E(X)
+        quantized = x + (nearest - x).detach()                      # straight-through, to the normalised E(X)
         return quantized, ids, codebook_term + commitment_term
 
     @torch.no_grad()
@@ -866,9 +870,9 @@ class VectorQuantizer(nn.Module):
 class SemanticTokenizer(nn.Module):
     """The semantic vector-quantized tokenizer of 3.3: frames -> codes -> the words of the caption.
 
-    4.3 compares it with one whose E is VideoSwin, and with DALL-E's dVAE, in whose place stands a tokenizer
-    of pixels: with the same E and codebook, D draws each frame from its codes. It is a plain vector-quantized
-    autoencoder; DALL-E's is convolutional and samples its codes by Gumbel softmax.
+    4.3 compares it with one whose E is VideoSwin, and with DALL-E's dVAE. Ours replaces the dVAE, which is
+    convolutional and samples its codes by Gumbel softmax, by a tokenizer that reconstructs pixels with the
+    same E and codebook. The paper does not say whether CLIP's ViT is frozen; here E is trained.
     """
 
     def __init__(self, config):
@@ -891,7 +895,7 @@ class SemanticTokenizer(nn.Module):
         for part in (self.encoder, self.proj, self.decoder, self.head):
             part.apply(initialise)
         nn.init.normal_(self.expand.weight)         # from unit vectors to numbers of size 1
-        # Words are rare, as in Lin et al. (the focal loss). Pixels begin grey, or noise is unlearned first.
+        # Most words are absent: -3, as in Lin et al. (the focal loss). Pixels start grey, not as noise.
         nn.init.constant_(self.head.bias, -3.0 if of_words else 0.5)
         if not of_words:
             nn.init.normal_(self.head.weight, std=0.02)
@@ -932,7 +936,8 @@ class SemanticTokenizer(nn.Module):
     def forward(self, frames, quantize=True):
         """-> what D reads from the codes, ids (B, T, g, g), the codebook and commitment terms of Eq. (7).
 
-        Without `quantize` D reads E(X) itself, l2-normalised, and the terms are 0.
+        Ours, for a tokenizer from scratch: without `quantize` D reads E(X) itself, l2-normalised, and the
+        terms are 0.
         """
         embedded = self.embed(frames)
         quantized, ids, code_loss = self.quantizer(embedded)
@@ -947,7 +952,7 @@ class SemanticTokenizer(nn.Module):
 
 
 def words_present(ids, mask, vocab_size):
-    """y^S of Eq. (6): which words a caption has. ids, mask (B, L) -> float (B, K), without special tokens."""
+    """y^S of Eq. (6): a caption's WordPieces, up to max_words. ids, mask (B, L) -> float (B, K)."""
     present = torch.zeros(len(ids), vocab_size, device=ids.device)
     present.scatter_(1, ids * mask, 1.0)                            # padding falls on [PAD], which is cut off
     return present[:, len(SPECIAL):]
@@ -977,10 +982,10 @@ def svq_loss(word_logits, words, code_loss, word_weight=1.0):
 
 
 def mask_words(ids, vocab_size, generator, ratio=0.15):
-    """BERT's masking of one caption (3.4; 15%: 4.1): ids (L,) -> (ids, masked), both (L,).
+    """Masked words of one caption (3.4, 4.1): ids (L,) -> (ids, masked), both (L,).
 
-    Exactly max(1, round(ratio * n)) of its n words, none when n = 0: 80% become [MASK], 10% a random word,
-    10% stay. Special tokens (ids below 5) are never masked and never drawn.
+    The paper says that 15% are masked at random. 80% become [MASK], 10% a random word, 10% stay, as in BERT.
+    The exact count, max(1, round(ratio * n)) of n words, is ours. Special tokens are never masked or drawn.
     """
     ids, words = ids.clone(), (ids > MASK).nonzero().flatten()
     count = max(1, round(ratio * len(words))) if len(words) else 0
@@ -994,7 +999,7 @@ def mask_words(ids, vocab_size, generator, ratio=0.15):
 
 
 def mlm_loss(logits, targets, count=None):
-    """L_MLM of Eq. (8): logits (n, K) of the masked words, targets (n,) their ids -> scalar."""
+    """L_MLM of Eq. (8): logits (n, vocab_size) of masked words, targets (n,) their ids -> scalar."""
     return mean_cross_entropy(logits, targets, count)
 
 
@@ -1013,10 +1018,11 @@ def pretraining_loss(model, batch, objectives=("vtm", "mlm", "mvm"), mvm_weight=
 
     batch: `frames` (B, T, 3, H, W) in [0, 1], unmasked; the captions' `ids`, `masked_ids`, `mask` and
     `masked_words` (B, L), the mismatched captions' `mismatched_ids` and `mismatched_mask` (B, L);
-    `masked_patches` and their `labels`, codes, (B, T, g, g). An objective that is off needs none of its own.
-    `counts` {objective: count} are the whole batch's where `batch` is a part of it.
+    `masked_patches` and their `labels`, codes, (B, T, g, g). What an objective that is off needs may be
+    missing. `counts` {objective: count} are the whole batch's where `batch` is a part. mvm_weight is ours.
     """
-    counts, frames, masked_words, masked_patches, mismatched = counts or {}, batch["frames"], None, None, None
+    counts, frames = counts or {}, batch["frames"]
+    masked_words = masked_patches = mismatched = None
     if "mlm" in objectives:
         masked_words = batch["masked_words"]
     if "mvm" in objectives:
@@ -1052,16 +1058,16 @@ class Choice(nn.Module):
 
     frames (B, T, 3, H, W), ids and mask (B, O, L): O texts a clip -> logits (B, O * outputs). A question has
     one text and an output an answer; multiple choice has a text an option and one output. Without frames
-    (None) only the texts are seen: the question-only baseline.
+    (None) only the texts are seen: the question-only baseline. The paper does not describe these heads.
     """
 
     def __init__(self, model, outputs):
         super().__init__()
         self.model = freeze(model, "vtm_head", "mlm_head", "mvm_head")
-        # A bias that all options share would change no softmax.
+        # With one output a bias shifts all options alike and cancels in the softmax.
         self.head = nn.Linear(model.config.width, outputs, bias=outputs > 1)
         initialise(self.head)
-        if outputs == 1:            # begins where zero-shot scoring ends: the difference of the 2-way logits
+        if outputs == 1:            # starts from the zero-shot score, the difference of the 2-way logits
             matched = model.vtm_head.weight.detach()
             self.head.weight.data.copy_(matched[1:] - matched[:1])
 
@@ -1103,8 +1109,8 @@ class FastRetrieval(nn.Module):
 def contrastive_loss(video, text, scale, names):
     """Fast retrieval's loss: each text is to find its video in the batch, and each video its text.
 
-    video, text (B, D) unit vectors, names (B,) numbers of the videos: another caption of the same video is
-    neither right nor wrong.
+    video, text (B, D) unit vectors, names (B,) numbers of the videos: other captions of the same video are
+    excluded, neither positives nor negatives.
     """
     with torch.autocast(video.device.type, enabled=False):          # bf16 logits: 8% off the gradient
         logits = scale * text @ video.t()                                                   # (B, B)
@@ -1117,7 +1123,7 @@ class LinearProbe(nn.Module):
     """Activity recognition (4): a linear classifier on the features of the frozen model; it sees video alone.
 
     The paper does not say which features. Ours are h^V averaged over each quarter of each frame, since an
-    activity shows in where and when: (B, T, 3, H, W) -> (B, T * 4 * D).
+    activity shows in where and when, under a norm without parameters: (B, T, 3, H, W) -> (B, T * 4 * D).
     """
 
     def __init__(self, model, classes):
@@ -1153,7 +1159,7 @@ def recalls(ranks):
 
 
 def codebook_usage(counts):
-    """The fraction of codes in use, and their distribution's perplexity: counts (M,) of patches a code."""
+    """The fraction of codes in use, VOC. RATE in Table 6, and their perplexity: counts (M,) of patches."""
     p = counts[counts > 0] / counts.sum()
     return {"codebook_usage": len(p) / len(counts),
             "codebook_perplexity": float(torch.exp(-(p * p.log()).sum()))}
@@ -1276,7 +1282,7 @@ def main():
     config = replace(getattr(Config, args.preset)(), tokenizer_encoder=args.encoder)
     if args.trace:
         return trace(config)
-    print(f"{'Table 8, preset ' + args.preset:<28}{'parameters':>12}{'paper':>9}")
+    print(f"{'Table 8, preset ' + args.preset:<28}{'parameters':>12}{'paper':>9} (of the paper preset)")
     for name, count, paper in table8(config):
         print(f"{name:<28}{count:>12,}{paper:>9}")
     cost = multiply_adds(config)
@@ -1669,7 +1675,7 @@ def run_script(main, *user_errors):
 
 
 def make_optimizer(model, lr, weight_decay, device):
-    """AdamW (4.1) with the relatives' beta of 0.98; no decay on norms, biases and other vectors."""
+    """AdamW (4.1). Ours: beta2 of 0.98, and no decay on norms, biases and other vectors."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.squeeze().ndim > 1], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.squeeze().ndim <= 1], "weight_decay": 0.0}]

@@ -1,7 +1,7 @@
 """Stage 2: video-language pre-training (3.4), L = L_MLM + L_VTM + L_MVM. The main job.
 
     python pretrain.py                                  the toy preset on the synthetic set
-    python pretrain.py --device cuda --preset paper --data data/webvid --tokenizer runs/clip-tokenizer
+    python pretrain.py --device cuda --data my_clips --tokenizer runs/my_tokenizer --out runs/mine
     torchrun --nproc-per-node=2 pretrain.py             several processes
 
 Trains the tokenizer first where there is none. Leaves in --out: last.pt (go on with --resume), best.pt
@@ -39,7 +39,7 @@ def parse(argv=None):
         "one that is off masks nothing (default: vtm,mlm,mvm)")
     add("--init-video", default="none", metavar="FILE|none", help="published EdgeNeXt-Small, a torch file or "
         ".safetensors, for --preset paper (default: none, the video encoder starts from scratch)")
-    add("--init-text", metavar="FILE", help="published BERT, 12 layers, 128 wide; its vocab.txt is --vocab")
+    add("--init-text", metavar="FILE", help="published BERT, 12 layers, 128 wide; --vocab is its vocab.txt")
     add("--codes", default="online", choices=["online", "offline"], help="MVM's labels: from the tokenizer "
         "at each step, or of all frames once, held in memory (default: online)")
     add("--keep-at", type=lambda text: [at_least(0, float, 1)(part) for part in text.split(",")], default=[],
@@ -64,7 +64,7 @@ class PretrainBatch:
     """Makes a batch of samples and masks it; all masks of a sample follow from (seed, epoch, index).
 
     `frames` (B, T, 3, H, W) uint8, unmasked, and the rest as `pretraining_loss` takes it; `mismatched_whole`
-    are the mismatched captions without masks. `index` (B,) and `numbers` (B, T) say where frames come from,
+    are the mismatched captions before masking. `index` (B,) and `numbers` (B, T) say where frames come from,
     `counts` (3,) over how many pairs, masked words and masked patches the losses are means.
     """
 
@@ -101,9 +101,9 @@ def train(args):
     machine = set_up(args)
     config = configure(args, epochs="epochs", batch_size="batch_size", lr="lr")
     patches = config.grid ** 2
-    masked = round(config.mask_ratio * patches)
-    if "mvm" in args.objectives and not 0 < masked < patches:
-        raise InputError(f"--config mask_ratio={config.mask_ratio}: masks {masked} of a frame's {patches} "
+    n_masked = round(config.mask_ratio * patches)
+    if "mvm" in args.objectives and not 0 < n_masked < patches:
+        raise InputError(f"--config mask_ratio={config.mask_ratio}: masks {n_masked} of a frame's {patches} "
                          "patches; MVM needs masked and visible ones")
     if machine.rank == 0:
         render_if_missing(args.data)
@@ -145,7 +145,7 @@ def train(args):
     machine.print(f"pre-training on {'+'.join(args.objectives)}: {len(clips):,} clips, {steps:,} steps of "
                   f"{batches.batch_size}, {machine}")
     if tokenizer is not None:
-        machine.print(f"masking {masked} of {patches} patches a frame ({masked / patches:.0%})")
+        machine.print(f"masking {n_masked} of {patches} patches a frame ({n_masked / patches:.0%})")
     for batch in run.batches(loader, config.lr, config.warmup):
         counts = dict(zip(OBJECTIVES, machine.total(batch.pop("counts")).tolist()))
         if codes is not None:
@@ -336,7 +336,8 @@ def finish(model, run, test, tokenizer, make_batch, args, machine):
     print("\n".join(report(scores, objectives)))
     print(f"look at {', '.join(sorted(path.name for path in run.folder.glob('*.png')))} in {run.folder}; "
           f"broken clips: {len(run.broken)}")
-    print("next: python pretrain.py --objectives vtm,mlm --out runs/without-mvm   (Table 5: what MVM adds)")
+    if "mvm" in objectives:
+        print("next: python pretrain.py --objectives vtm,mlm --lr 5e-4 --out runs/without-mvm   (Table 5)")
 
 
 def zero_shot(model, run, manifest, wordpiece, args, machine):
@@ -393,7 +394,7 @@ def draw_curves(run, objectives, path):
 
 def report(s, objectives):
     """The lines that say what was learned, each against chance or a baseline."""
-    yield "on held-out clips (test), zero-shot; in brackets what chance or a baseline gets"
+    yield "on the test split, zero-shot; in brackets what chance or a baseline gets"
     if "vtm" in objectives:
         yield f"  matching (VTM)       {s['vtm']:6.1%}   (chance 50%)"
     if "mlm" in objectives:

@@ -35,15 +35,15 @@ def parse(argv=None):
     add("--loss", choices=["focal", "bce"], default="focal", help="of the words: Eq. (6), or binary "
         "cross-entropy (Table 6)")
     add("--word-weight", type=at_least(0, float), help="factor on L_TOKEN in Eq. (7)")
-    add("--warm", type=at_least(0, float, 1), help="fraction of the steps in which D reads E(X) unquantized")
+    add("--warm", type=at_least(0, float, 1), help="fraction of unquantized steps, in which D reads E(X)")
     add("--revive-after", type=at_least(0), metavar="STEPS", help="move a code that was unused for so many "
-        "steps to an encoder output; 0: never, as in the paper")
+        "steps to an encoder output; 0: never, the paper preset's")
     add("--init-tokenizer", metavar="FILE", help="published CLIP ViT-B/32, or Video Swin-T for --encoder "
         "videoswin, for --preset paper: a torch file or .safetensors (default: from scratch)")
     args = parser.parse_args(argv)
     if args.target == "pixels" and (args.loss != "focal" or args.word_weight is not None):
-        raise InputError("--loss and --word-weight are of words, which --target pixels does not read; the "
-                         "pixels' factor is --config pixel_weight=NUMBER")
+        raise InputError("--loss and --word-weight apply only to --target words; the pixels' factor is "
+                         "--config pixel_weight=NUMBER")
     return args
 
 
