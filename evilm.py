@@ -1523,7 +1523,7 @@ def set_fields(config, changes, **given):
             raise InputError(f"--config {change}: give a value like {name}={usual}") from None
         config = replace(config, **{name: value})
     config = replace(config, **given)
-    if not changes and not given:
+    if not changes:
         return config
     try:
         with torch.device("meta"), torch.no_grad():                 # sizes that no model can have together
@@ -1588,7 +1588,7 @@ class Machine:
     def wrap(self, model, compiled):
         """The model as training calls it: compiled where asked for, gradients averaged over processes."""
         warnings.filterwarnings("ignore", "Grad strides do not match")      # depth-wise convolutions'
-        model = torch.compile(model, dynamic=True) if compiled else model
+        model = torch.compile(model) if compiled else model
         return DistributedDataParallel(model) if self.world_size > 1 else model
 
     def parts(self, model, batch, accumulate):
@@ -1666,7 +1666,8 @@ def run_script(main, *user_errors):
             raise
         line, status = f"error: {error.filename or 'saving'}: {error.strerror}; older files are whole", 2
     except RuntimeError as error:
-        if not re.search(r"gloo|nccl|peer|connection", str(error), re.IGNORECASE):
+        lost = re.search(r"gloo|nccl|peer|connection", str(error), re.IGNORECASE)
+        if not (dist.is_initialized() and lost):
             raise
         reason = str(error).splitlines()[0].partition(". ")[0]
         line, status = f"error: another process of this run is gone ({reason})", 1
