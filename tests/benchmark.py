@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evilm
 import pretrain
 import toy_data
-from evilm import Config, EViLM, SemanticTokenizer, WordPiece
+from evilm import Config, EViLM, WordPiece
 from toy_data import Batches, ClipCaptions, Manifest
 
 PRESETS = {"toy": (Config.toy(), 32), "paper": (Config.paper(), 4)}     # and how many clips a timed step has
@@ -72,21 +72,12 @@ def training_step(model, batch, machine):
     return step
 
 
-def forward_pass(model, batch, machine):
-    def forward():
-        with torch.no_grad(), machine.autocast():
-            video, text = model.encode_video(batch["frames"]), model.encode_text(batch["ids"], batch["mask"])
-            model.match(video, text, batch["mask"])
-    return forward
-
-
-def measure_alone(preset, kind, device, queue):
-    """In a process of its own: seconds and GiB of one kind of work."""
+def measure_alone(preset, device, queue):
+    """In a process of its own: seconds and GiB of a training step."""
     machine = machine_of(device)
     config, clips = PRESETS[preset]
     batch, model = make_batch(config, clips, machine.device), EViLM(config).to(machine.device)
-    work = {"forward": forward_pass, "training step": training_step}[kind](model, batch, machine)
-    seconds, = median_times(machine.device, work, repeats=5)
+    seconds, = median_times(machine.device, training_step(model, batch, machine), repeats=5)
     on_cuda, most = machine.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else most / 2**20
     queue.put((seconds, memory, str(machine)))
@@ -104,12 +95,11 @@ def in_own_process(work, *inputs):
 
 
 def presets(args, machine):
-    print("\nforward pass and training step (all three objectives, labels given)")
+    print("\ntraining step (all three objectives, labels given)")
     for preset, (_, clips) in PRESETS.items():
-        for kind in ("forward", "training step"):
-            seconds, memory, name = in_own_process(measure_alone, preset, kind, args.device)
-            print(f"  {preset:<6} {kind:<14} {clips:>3} clips {1000 * seconds:8.0f} ms "
-                  f"{clips / seconds:8.1f} clips/s {memory:6.2f} GiB   ({name})")
+        seconds, memory, name = in_own_process(measure_alone, preset, args.device)
+        print(f"  {preset:<6} {clips:>3} clips {1000 * seconds:8.0f} ms {clips / seconds:8.1f} clips/s "
+              f"{memory:6.2f} GiB   ({name})")
 
 
 def loader(args, machine):
@@ -128,69 +118,6 @@ def loader(args, machine):
             began = time.perf_counter()
             count = sum(len(batch["frames"]) for batch in batches)
             print(f"  {workers} workers {count / (time.perf_counter() - began):8.0f} clips/s")
-
-
-def growth(args, machine):
-    print("\ngrowth of a training step, toy preset (ms)")
-    toy = replace(Config.toy(), max_words=64)
-    rows = {"frames (16 clips)": [(replace(toy, frames=n), 16, 12, n) for n in (1, 2, 4, 8, 16)],
-            "clips": [(toy, n, 12, n) for n in (8, 16, 32, 64)],
-            "words (32 clips)": [(toy, 32, n, n) for n in (4, 8, 16, 32, 60)]}
-    for name, cases in rows.items():
-        works = [training_step(EViLM(config).to(machine.device),
-                               make_batch(config, clips, machine.device, words), machine)
-                 for config, clips, words, _ in cases]
-        times = median_times(machine.device, *works, repeats=5)
-        print(f"  {name:<18}" + "  ".join(f"{n}: {1000 * t:.0f}" for (*_, n), t in zip(cases, times)))
-
-
-def tokenizer(args, machine):
-    print("\nthe tokenizer's part of a training step: labels online, and offline")
-    for preset, (config, clips) in PRESETS.items():
-        batch, model = make_batch(config, clips, machine.device), EViLM(config).to(machine.device)
-        labels = SemanticTokenizer(config).to(machine.device).eval()
-        step, cost = training_step(model, batch, machine), evilm.multiply_adds(config)
-
-        def online():
-            with machine.autocast():
-                labels.tokenize(batch["frames"])
-            step()
-        seconds, without = median_times(machine.device, online, step, repeats=5)
-        print(f"  {preset:<6} online {1 - without / seconds:6.1%} of {1000 * seconds:.0f} ms, offline 0% of "
-              f"{1000 * without:.0f} ms   (by multiply-adds of a forward pass: "
-              f"{cost['tokenizer'] / (cost['tokenizer'] + cost['model']):.0%})")
-
-
-def straightforward(encoder, x):
-    """The same network laid out as usual: maps contiguous as (N, C, H, W), two copies a Linear or norm."""
-    for downsample, stage in zip(encoder.downsample_layers, encoder.stages):
-        for layer in (*downsample, *stage):
-            x = layer(x).contiguous()
-    return encoder.norm(x).contiguous()
-
-
-def layout(args, machine):
-    print("\nthe visual encoder, straightforward layout / ours (above 1: ours is faster)")
-    for preset, (config, clips) in PRESETS.items():
-        encoder = EViLM(config).video_encoder.to(machine.device)
-        frames = torch.rand(clips * config.frames, 3, config.size, config.size, device=machine.device)
-        for bf16 in (False, True):
-            here = replace(machine, bf16=bf16)
-
-            def infer(network):
-                with torch.no_grad(), here.autocast():
-                    network(frames)
-
-            def train(network):
-                with here.autocast():
-                    loss = network(frames).float().mean()
-                loss.backward()
-            for kind, work in (("inference", infer), ("training", train)):
-                usual, ours = median_times(machine.device,
-                                           lambda: work(lambda x: straightforward(encoder, x)),
-                                           lambda: work(encoder), repeats=9)
-                print(f"  {preset:<6} {'bf16' if bf16 else 'fp32'} {kind:<10} {1000 * usual:8.1f} / "
-                      f"{1000 * ours:8.1f} ms  = {usual / ours:.2f}")
 
 
 def manifest(args, machine):
@@ -234,13 +161,13 @@ def retrieval(args, machine, clips=1000, queries=20):
         machine.device, fast, lambda: [model.model.encode_video(part) for part in frames],
         lambda: evilm.joint_scores(model.model, video, words, mask), repeats=3)
     joint = encoding + scoring * clips / queries
-    print(f"\nretrieval of {clips:,} captions among {clips:,} clips, toy preset (4.4)\n  fast {seconds:.2f} s; "
-          f"joint {joint:.0f} s ({queries} captions timed), {joint / seconds:.0f} times that")
+    print(f"\nretrieval of {clips:,} captions among {clips:,} clips, toy preset (4.4)\n"
+          f"  fast {seconds:.2f} s; joint {joint:.0f} s ({queries} captions timed), "
+          f"{joint / seconds:.0f} times that")
 
 
 def main():
-    parts = {part.__name__: part for part in (presets, loader, growth, tokenizer, layout, manifest,
-                                              retrieval)}
+    parts = {part.__name__: part for part in (presets, loader, manifest, retrieval)}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")

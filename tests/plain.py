@@ -205,22 +205,6 @@ def clip_openai(x, w, heads, positions, at="visual."):
     return x
 
 
-def clip_hugging_face(x, w, heads, positions, at="vision_model."):
-    """The same under Hugging Face's names: q, k and v lie apart."""
-    e = at + "embeddings."
-    x = tokens_of_patches(x, w[e + "patch_embedding.weight"], w[e + "class_embedding"], positions)
-    x, layer = norm(x, w, at + "pre_layrnorm", 1e-5), 0
-    while f"{at}encoder.layers.{layer}.layer_norm1.weight" in w:
-        a = f"{at}encoder.layers.{layer}."
-        before = norm(x, w, a + "layer_norm1", 1e-5)
-        q, k, v = (linear(before, w, f"{a}self_attn.{part}_proj") for part in "qkv")
-        x = x + linear(attend(q, k, v, heads), w, a + "self_attn.out_proj")
-        inside = quick_gelu(linear(norm(x, w, a + "layer_norm2", 1e-5), w, a + "mlp.fc1"))
-        x = x + linear(inside, w, a + "mlp.fc2")
-        layer += 1
-    return x
-
-
 def swin_attention(x, w, at, heads, window, shifted):
     """Liu et al., "Video Swin Transformer", 2022, without windows: all patches (B, T, H, W, C) at once. A
     pair counts where it lies in one window of the padded, shifted grid and does not meet across its ends."""

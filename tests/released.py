@@ -72,20 +72,22 @@ def clip_openai(width=768, layers=12):
     return shapes
 
 
-def clip_hugging_face(width=768, layers=12):
-    """The same tower under Hugging Face's names, less the `vision_model.` before them in a file."""
-    shapes = {"embeddings.class_embedding": (width,)}
-    add(shapes, "embeddings.", {"patch_embedding": (width, 3, 32, 32), "position_embedding": (50, width)},
-        bias=False)
-    add(shapes, "", {"pre_layrnorm": (width,)})
-    for i in range(layers):
-        at = f"encoder.layers.{i}."
-        add(shapes, at + "self_attn.",
-            dict.fromkeys(["k_proj", "v_proj", "q_proj", "out_proj"], (width, width)))
-        add(shapes, at, {"layer_norm1": (width,), "mlp.fc1": (4 * width, width),
-                         "mlp.fc2": (width, 4 * width), "layer_norm2": (width,)})
-    add(shapes, "", {"post_layernorm": (width,)})
-    return shapes
+def in_hugging_faces_names(weights):
+    """CLIP's visual tower as Hugging Face names it, where q, k and v lie apart."""
+    names = {"visual.class": "embeddings.class", "visual.positional_embedding":
+             "embeddings.position_embedding.weight", "visual.conv1": "embeddings.patch_embedding",
+             "visual.ln_pre": "pre_layrnorm", "visual.ln_post": "post_layernorm",
+             "visual.transformer.resblocks": "encoder.layers", "attn.": "self_attn.", "ln_": "layer_norm",
+             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    renamed = {}
+    for name, x in weights.items():
+        for openais, theirs in names.items():
+            name = name.replace(openais, theirs)
+        if "in_proj_" in name:
+            renamed |= {name.replace("in_proj_", f"{part}_proj."): y for part, y in zip("qkv", x.chunk(3))}
+        elif name != "visual.proj":
+            renamed[name] = x
+    return {f"vision_model.{name}": x for name, x in renamed.items()}
 
 
 def video_swin_tiny(dim=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24)):

@@ -11,18 +11,13 @@ import pytest
 import released
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from plain import near
 
 import evilm
-from evilm import (CLS, IMAGENET, MASK, PAD, SEP, SPECIAL, UNK, Config, EdgeNeXt, EViLM, InputError,
+from evilm import (CLS, MASK, PAD, SEP, SPECIAL, UNK, Config, EdgeNeXt, EViLM, InputError,
                    Transformer, WordPiece, multiply_adds, pad, quick_gelu, space_time_sines, table8)
 
 SOURCE = Path(evilm.__file__).read_text()
-
-
-def unlike(a, b):
-    return (a - b).abs().max() > 1e-3
 
 
 def test_each_field_of_config_says_where_its_value_comes_from():
@@ -55,13 +50,6 @@ def test_edgenext_small_has_the_releases_keys_and_shapes():
         ours = {name: tuple(value.shape) for name, value in EdgeNeXt().state_dict().items()}
     assert ours == {key: shape for key, shape in released.edgenext_small().items() if key[:4] != "head"}
     assert sum(map(math.prod, ours.values())) == 5_281_832
-
-
-def test_normalising_scales_each_colour_and_adds_nothing_to_a_state_dict(tiny):
-    model, frames = EViLM(tiny).double(), torch.rand(2, 3, 4, 5, dtype=torch.float64)
-    expected = torch.stack([(frames[:, c] - IMAGENET[0][c]) / IMAGENET[1][c] for c in range(3)], 1)
-    near(model.normalise(frames), expected, atol=1e-6)                          # our numbers are float32
-    assert not any("normalise" in name for name in model.state_dict())
 
 
 def test_edgenext_blocks_start_at_their_layer_scale():
@@ -101,7 +89,7 @@ def test_dropout_is_on_in_training_alone_and_never_in_the_video_encoder(tiny):
                               (lambda: model.encode_text(ids, mask), True),
                               (lambda: model.encode_video(frames), False)):
             with torch.no_grad():
-                assert unlike(work(), work()) == (training and dropped)
+                assert ((work() - work()).abs().max() > 1e-3) == (training and dropped)
 
 
 def test_dropout_is_on_both_branches_of_a_layer():
@@ -228,27 +216,6 @@ def test_eq1_language_against_a_plain_computation(tiny, randomise):
              plain.linear(plain.bert(x, w, 2, 2, ids > 0, "text_encoder."), w, "text_proj"))
 
 
-def test_padding_changes_nothing(tiny, randomise):
-    model, video = randomise(EViLM(tiny)), torch.randn(1, 8, 36)
-    ids, other = torch.tensor([[CLS, 9, 8, SEP, 0, 0]]), torch.tensor([[CLS, 9, 8, SEP, 22, 31]])
-    mask = ids > 0
-    with torch.no_grad():
-        padded, noisy, short = (model.encode_text(*text) for text in ((ids, mask), (other, mask),
-                                                                      (ids[:, :4], mask[:, :4])))
-        near(noisy[:, :4], padded[:, :4], atol=1e-6)
-        near(short, padded[:, :4], atol=1e-5)
-        for v in (video, None):
-            h_cls, h_text, h_video = model.fuse(v, short, mask[:, :4])
-            for text in (padded, noisy):
-                found = model.fuse(v, text, mask)
-                near(found[0], h_cls, atol=1e-5)
-                near(found[1][:, :4], h_text, atol=1e-5)
-                if v is not None:
-                    near(found[2], h_video, atol=1e-5)
-        seen = model.fuse(video, noisy, other > 0)[0]
-        assert unlike(seen, model.fuse(video, noisy, mask)[0])                  # as words they do count
-
-
 # ----------------------------------------------------------------------------------------------- Eq. (1), (2)
 
 
@@ -263,7 +230,7 @@ def test_eq1_video_is_projected_patches_in_order_of_time_row_column_plus_sines(t
             patches = model.video_encoder(frame[None])[0].double()                          # (28, 2, 2)
             for y, x in np.ndindex(2, 2):
                 expected[b, 4 * t + 2 * y + x] = plain.linear(patches[:, y, x], w, "video_proj")
-    assert video.shape == (3, 8, 36)
+    assert video.shape == (3, 8, 36) and not any("normalise" in name for name in model.state_dict())
     near(video, expected + tiny.video_positions * plain.sines(2, 2, 36), atol=1e-4)
 
 
@@ -274,32 +241,6 @@ def test_eq1_sines_tell_every_patch_from_every_other(T, g, width):
     near(sines, plain.sines(T, g, width), atol=1e-5)
     apart = torch.cdist(sines.double(), sines.double()) + torch.eye(len(sines))
     assert apart.min() > 0.1
-
-
-class MeanColour(nn.Module):
-    """Stands in for EdgeNeXt where a patch must see itself alone."""
-
-    def forward(self, x):
-        return F.avg_pool2d(x, 32).repeat(1, 10, 1, 1)[:, :28]
-
-
-@pytest.mark.parametrize("order", [[4, 5, 6, 7, 0, 1, 2, 3], [0, 2, 1, 3, 4, 5, 6, 7]])    # frames, patches
-def test_eq1_swapped_frames_and_swapped_patches_are_another_video(tiny, randomise, order):
-    model, colours = randomise(EViLM(tiny)), torch.rand(1, 8, 3)
-    model.video_encoder = MeanColour()
-    sines = tiny.video_positions * space_time_sines(2, 2, 36)
-
-    def encode(colours):
-        small = colours.view(1, 2, 2, 2, 3).permute(0, 1, 4, 2, 3)
-        return model.encode_video(small.repeat_interleave(32, -1).repeat_interleave(32, -2))
-
-    with torch.no_grad():
-        video, swapped = encode(colours), encode(colours[:, order])
-        near(swapped - sines, (video - sines)[:, order], atol=1e-5)     # the content moves, the sines stay
-        assert unlike(model.fuse(swapped, None, None)[0], model.fuse(video, None, None)[0])
-        model.config = replace(tiny, video_positions=0.0)               # without sines: one and the same set
-        bare = [model.fuse(encode(x), None, None)[0] for x in (colours, colours[:, order])]
-        near(bare[0], bare[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])

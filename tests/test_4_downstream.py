@@ -17,7 +17,7 @@ import finetune
 from evilm import (Choice, Config, EViLM, FastRetrieval, InputError, LinearProbe, Machine, WordPiece,
                    contrastive_loss, recalls, score_choices, score_retrieval)
 from plain import assert_trained_alike
-from test_scripts import end, start_two
+from test_scripts import end, metrics, same, start_two, weights
 from toy_data import BrokenClip, ClipCaptions, DataError, in_order, make_loader, open_splits, render
 
 CPU = Machine(torch.device("cpu"))
@@ -56,14 +56,6 @@ def test_multiple_choice_begins_where_zero_shot_matching_ends(tiny, model):
             scores = model.match(video, model.encode_text(ids[:, i], mask[:, i]), mask[:, i])
             bias = model.vtm_head.bias[1] - model.vtm_head.bias[0]
             torch.testing.assert_close(logits[:, i], scores - bias, atol=1e-4, rtol=1e-4)
-
-
-def test_a_question_has_a_logit_an_answer_and_without_frames_only_the_text_counts(tiny, model):
-    head, (ids, mask) = Choice(model, 7).eval(), texts(tiny, options=1)
-    with torch.no_grad():
-        seen, other, blind = (head(f, ids, mask) for f in (clips(tiny), clips(tiny), None))
-    assert seen.shape == blind.shape == (3, 7)
-    assert not torch.allclose(seen, other) and not torch.allclose(seen, blind)
 
 
 def test_44_fast_retrieval_is_the_decoder_on_each_side_alone(tiny, model):
@@ -189,14 +181,6 @@ def common(flags):
     return [word for pair in usual.items() if pair[0] not in flags for word in pair]
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(folder):
-    return torch.load(folder / "last.pt", weights_only=True)["model"]
-
-
 def scores_of(line):
     return {name: value for name, value in line.items() if name.startswith("top1")}
 
@@ -280,7 +264,7 @@ def test_44_an_epoch_is_a_pass_over_videos_with_one_caption_drawn_for_each(home,
                                                        for n in range(4) for line in lines[:5 + n]])
     manifest = open_splits(tmp_path)["train"]
     videos, again = (task_of(home, "retrieval", data=tmp_path).clips(None, CPU, None) for _ in range(2))
-    drawn = [[videos[epoch, i] for i in range(len(videos))] for epoch in range(100)]
+    drawn = [[videos[epoch, i] for i in range(len(videos))] for epoch in range(30)]
     for samples in drawn:
         assert sorted(s["video"] for s in samples) == sorted({row["video"] for row in manifest})
         assert all(manifest.videos[s["index"]] == s["name"] for s in samples)
@@ -314,8 +298,7 @@ def test_a_killed_run_resumes_to_the_same_weights(go, whole, flags, tmp_path, mo
         patch.setattr(finetune.Run, "optimise", killed)
         go(*broken)
     go(*broken, "--resume")
-    one, two = weights(whole(flags)[0]), weights(tmp_path)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert same(weights(whole(flags)[0]), weights(tmp_path))
     assert metrics(whole(flags)[0])[-1] == metrics(tmp_path)[-1]
 
 
@@ -458,13 +441,6 @@ def test_settings_are_the_tables_and_the_synthetic_sets_and_flags_win(typed, epo
     args = finetune.parse(typed.split())
     config = finetune.with_settings(getattr(Config, args.preset)(), args)
     assert (config.epochs, config.lr, config.video_positions) == (epochs, lr, positions)
-
-
-@pytest.mark.parametrize("typed, out", [
-    ("qa --see text", "qa-text"), ("mc --set text", "mc-text"), ("retrieval", "retrieval"),
-    ("mc --zero-shot", "mc-caption-zero-shot"), ("retrieval --scoring joint", "retrieval-joint")])
-def test_a_run_has_a_folder_of_its_own(typed, out):
-    assert finetune.parse(typed.split()).out == f"runs/{out}"
 
 
 def test_going_on_with_another_set_is_refused(go, whole, home):

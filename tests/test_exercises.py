@@ -57,16 +57,14 @@ def test_no_claim_holds_for_the_emptied_part(why, exercise):
 # (exercise, what stands there, what a student writes in its place); "" stands for the whole part.
 SLIPS = [
     ("xca", "(q, dim=-1)", "(q, dim=-2)"), ("xca", "softmax(-1)", "softmax(-2)"), ("xca", "self.proj(", "("),
-    ("xca", "(q, dim=-1) @ F.normalize(k,", "(k, dim=-1) @ F.normalize(q,"),
     ("xca", "self.temperature", "self.temperature.data"),
     ("cascade", "+ parts[i - 1]", "+ x.split(self.split, 1)[i - 1]"),
     ("cascade", "enumerate(self.convs)", "enumerate(self.convs[:len(parts) - 1])"),
     ("wordpiece", 'return ["[UNK]"]', 'return found + ["[UNK]"]'),
     ("wordpiece", 'found or ["[UNK]"]', "found"), ("wordpiece", '"##" if start else ""', '""'),
-    ("fuse", "mask, mask.new_ones(B, others", "mask | True, mask.new_ones(B, others"),
+    ("fuse", "mask, mask.new_ones(B, patches", "mask | True, mask.new_ones(B, patches"),
     ("fuse", "self.token_type", "self.token_type.data"),
     ("block-mask", "", "return random_mask(n, grid, ratio, generator)"),
-    ("block-mask", "block = block if end < 0.5 else block[::-1]", "block = block[::-1]"),
     ("block-mask", "[:wanted]", ""),
     ("mask-frames", "repeat_interleave(patch, -2)", "repeat(1, 1, patch, 1)"),
     ("mvm-loss", "len(targets) if count is None else count", "len(targets)"),
@@ -87,8 +85,6 @@ SLIPS = [
                        "return torch.where(masked, MASK, ids), masked"),
     ("mask-words", "ids.clone()", "ids"), ("mask-words", "chance < 0.9", "chance < 1"),
     ("mask-words", "chance = torch.rand(count, generator=generator)", "chance = torch.arange(count) / count"),
-    ("mask-words", "words[torch.randperm(len(words), generator=generator)[:count]]",
-     "words.roll(int(torch.randint(99, (1,), generator=generator)))[:count]"),
     ("joint-pass", "torch.cat([mask, mismatched[1]])", "torch.cat([mask, mask])"),
     ("joint-pass", "self.pooler(h_cls)", "self.pooler(h_cls.detach())"),
     ("joint-pass", "h_text[:B]", "h_text.detach()[:B]"),
@@ -167,7 +163,6 @@ RANK = named("recall-at-k")
 
 @pytest.mark.parametrize("part, error", [
     ("return scores.gather(1, truth)", "RuntimeError: Index tensor must have"),
-    ("return score", "NameError: name 'score' is not defined"),
     # PyTorch raises NotImplementedError as well: that part is written.
     ("return scores.sparse_mask(truth)", "NotImplementedError: Could not run"),
 ])
@@ -175,13 +170,6 @@ def test_an_error_in_the_students_lines_is_said_with_its_line(why, part, error):
     for place, message in why(RANK, replaced(SOURCE, RANK, part)).values():
         assert place.endswith(f"evilm.py, line {lines_of_cut(SOURCE, RANK)[0] + 1}: {part}")
         assert message.startswith(error)
-
-
-def test_an_error_below_the_students_lines_is_said_with_theirs_first(why):
-    part = "h_cls, _, _ = self.fuse(frames, frames, mask)"
-    for own, below, message in why(named("joint-pass"), replaced(SOURCE, named("joint-pass"), part)).values():
-        assert own.endswith(part) and "evilm.py, line" in below and not below.endswith(part)
-        assert "Error: " in message
 
 
 @pytest.mark.slow
@@ -234,6 +222,7 @@ def test_list_is_sorted_by_level(typed):
     assert levels == sorted(exercise.level for exercise in EXERCISES) and max(map(len, lines)) <= 110
 
 
+@pytest.mark.slow
 def test_from_start_to_done_from_another_directory(home, typed, tmp_path):
     path, exercise = home / "exercises/mask-frames/evilm.py", named("mask-frames")
     line = lines_of_cut(SOURCE, exercise)[0] + 1
@@ -256,12 +245,6 @@ def test_from_start_to_done_from_another_directory(home, typed, tmp_path):
     path.write_text(SOURCE, encoding="utf-8-sig")           # a byte order mark is passed over
     assert "All hold." in typed("check", "mask-frames", folder=tmp_path)
     assert typed("reveal", "mask-frames") == "There is no difference.\n"
-
-
-def test_an_original_that_was_changed_is_said(home, typed):
-    for source in (SOURCE + "\n)", SOURCE.replace("rank_of_truth", "rank")):
-        (home / "evilm.py").write_text(source)
-        assert "git checkout evilm.py" in typed("start", "recall-at-k", expect=2)
 
 
 def test_what_is_not_python_is_said_with_its_line_and_revealed(home, typed):

@@ -1,5 +1,4 @@
 """Manifests, their splits and the order of the batches."""
-
 import collections
 import itertools
 import json
@@ -50,22 +49,18 @@ def test_line_numbers_count_blank_lines_and_any_line_end(tmp_path):
     assert [manifest.line(i) for i in range(3)] == [2, 5, 6]
 
 
-@pytest.mark.parametrize(
-    "line, wrong",
-    [
-        ("not json", "is not JSON"),
-        ('{"video": "a.gif", "caption": "cut of', "is not JSON"),
-        ('{"video": "a.gif", "caption": "a"} {"video": "b.gif", "caption": "b"}', "more than a JSON object"),
-        ('["a.gif", "a"]', "is not a JSON object"),
-        ('{"video": "a.gif"}', 'has no "caption"'),
-        ('{"video": "", "caption": "a"}', '"video" is empty'),
-        ('{"video": "a.gif", "caption": " "}', '"caption" is empty'),
-        ('{"video": "a.gif", "caption": 7}', '"caption" is not a text'),
-        ('{"video": null, "caption": "a"}', '"video" is not a text'),
-        (b'{"video": "a.gif", "caption": "\xff"}', "is not JSON"),
-        pytest.param("[" * 100_000, "is not JSON", id="too deep"),
-    ],
-)
+@pytest.mark.parametrize("line, wrong", [
+    ("not json", "is not JSON"),
+    ('{"video": "a.gif", "caption": "cut of', "is not JSON"),
+    ('{"video": "a.gif", "caption": "a"} {"video": "b.gif", "caption": "b"}', "more than a JSON object"),
+    ('["a.gif", "a"]', "is not a JSON object"),
+    ('{"video": "a.gif"}', 'has no "caption"'),
+    ('{"video": "", "caption": "a"}', '"video" is empty'),
+    ('{"video": "a.gif", "caption": " "}', '"caption" is empty'),
+    ('{"video": "a.gif", "caption": 7}', '"caption" is not a text'),
+    ('{"video": null, "caption": "a"}', '"video" is not a text'),
+    (b'{"video": "a.gif", "caption": "\xff"}', "is not JSON"),
+    pytest.param("[" * 100_000, "is not JSON", id="too deep")])
 def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, wrong):
     path = write(tmp_path / "train.jsonl", rows_of(2))
     path.write_bytes(path.read_bytes() + b"\n" + (line.encode() if isinstance(line, str) else line) + b"\n")
@@ -75,21 +70,10 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, wrong):
     assert os.listdir(tmp_path) == ["train.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "change, wrong",
-    [
-        ({}, None),
-        ({"question": ""}, None),
-        ({"answer": 2}, "answer"),
-        ({"answer": -1}, "answer"),
-        ({"answer": "a"}, "answer"),
-        ({"answer": True}, "answer"),
-        ({"options": "ab"}, "options"),
-        ({"options": ["a"]}, "options"),
-        ({"options": ["a", 1]}, "options"),
-        ({"question": 3}, "question"),
-    ],
-)
+@pytest.mark.parametrize("change, wrong", [
+    ({}, None), ({"question": ""}, None), ({"answer": 2}, "answer"), ({"answer": -1}, "answer"),
+    ({"answer": "a"}, "answer"), ({"answer": True}, "answer"), ({"options": "ab"}, "options"),
+    ({"options": ["a"]}, "options"), ({"options": ["a", 1]}, "options"), ({"question": 3}, "question")])
 def test_a_multiple_choice_line_is_checked(tmp_path, change, wrong):
     row = {"video": "a.gif", "question": "which?", "options": ["a", "b"], "answer": 1} | change
     path = write(tmp_path / "mc_caption_test.jsonl", [row])
@@ -176,12 +160,24 @@ def test_three_files_are_taken_as_they_are(tmp_path):
     assert list(open_split(tmp_path, "val")) == rows_of(4)
 
 
-def test_lone_captions_are_split_80_10_10_by_video(tmp_path):
-    write(tmp_path / "captions.jsonl", rows_of(200, lines=3))
+@pytest.mark.parametrize("files, cut, said", [
+    ({"captions": 200}, (160, 20, 20), "train 480 lines, val 60 lines, test 60 lines"),
+    ({"train": 200, "test": 7}, (190, 10, 7), "no val.jsonl; val cut from train"),
+    ({"train": 100, "val": 7}, (95, 5, 7), "no test.jsonl, so val.jsonl is the test set; val cut from train"),
+    ({"train": 100}, (90, 5, 5), "no val.jsonl and no test.jsonl; val and test cut from train by video")])
+def test_a_split_that_is_not_there_is_cut_by_video(tmp_path, files, cut, said):
+    """80/10/10 of lone captions; without val 5% of the training videos; without test val becomes test."""
+    for name, videos in files.items():
+        path = write(tmp_path / f"{name}.jsonl", [{"video": f"{name}-{row['video']}",
+                                                   "caption": f"{name} {row['caption']}"}
+                                                  for row in rows_of(videos, lines=3)])
     splits, notes = cut_of(tmp_path)
-    assert_cut_by_video(splits, 200, 3)
-    assert [len(videos_of(splits[name])) for name in ("train", "val", "test")] == [160, 20, 20]
-    assert len(notes) == 1 and "train 480 lines, val 60 lines, test 60 lines" in notes[0]
+    assert_cut_by_video(splits, sum(files.values()), 3)
+    assert tuple(len(videos_of(splits[name])) for name in ("train", "val", "test")) == cut
+    assert len(notes) == 1 and said in notes[0]
+    if len(files) == 2:         # the file that is there stays whole
+        assert list(splits["test"]) == list(Manifest(path, FIELDS))
+        assert list(open_split(tmp_path, "train")) == list(splits["train"])
 
 
 @pytest.mark.parametrize("videos", [6, 7, 11])
@@ -223,35 +219,6 @@ def test_a_split_depends_on_the_names_alone_and_not_on_their_order(tmp_path):
     assert {name: videos_of(split) for name, split in open_splits(tmp_path).items()} == before
 
 
-def test_without_val_five_percent_of_the_training_videos_are_cut(tmp_path):
-    write(tmp_path / "train.jsonl", rows_of(200, lines=2))
-    test = [{"video": f"t{v}.gif", "caption": f"test {v}"} for v in range(7)]
-    write(tmp_path / "test.jsonl", test)
-    splits, notes = cut_of(tmp_path)
-    assert list(splits["test"]) == test
-    assert len(videos_of(splits["val"])) == 10 and len(videos_of(splits["train"])) == 190
-    assert not videos_of(splits["val"]) & videos_of(splits["train"])
-    assert len(splits["val"]) == 20 and "no val.jsonl" in notes[0] and "val cut from train" in notes[0]
-    assert list(open_split(tmp_path, "train")) == list(splits["train"])
-
-
-def test_without_test_val_becomes_test_and_val_is_cut_from_train(tmp_path):
-    write(tmp_path / "train.jsonl", rows_of(100))
-    val = [{"video": f"v{v}.gif", "caption": f"val {v}"} for v in range(7)]
-    write(tmp_path / "val.jsonl", val)
-    splits, notes = cut_of(tmp_path)
-    assert list(splits["test"]) == val and len(splits["val"]) == 5 and len(splits["train"]) == 95
-    assert "no test.jsonl, so val.jsonl is the test set; val cut from train" in notes[0]
-
-
-def test_with_train_alone_val_and_test_are_cut_from_it(tmp_path):
-    write(tmp_path / "qa_train.jsonl", [row | {"question": "what?", "answer": "it"} for row in rows_of(100)])
-    splits, notes = cut_of(tmp_path, "qa")
-    assert_cut_by_video(splits, 100, 1)
-    assert (len(splits["train"]), len(splits["val"]), len(splits["test"])) == (90, 5, 5)
-    assert "no qa_val.jsonl and no qa_test.jsonl; val and test cut from train by video" in notes[0]
-
-
 def test_a_test_file_alone_can_be_opened_for_evaluation(tmp_path):
     write(tmp_path / "test.jsonl", rows_of(4))
     assert list(open_split(tmp_path, "test")) == rows_of(4)
@@ -259,9 +226,8 @@ def test_a_test_file_alone_can_be_opened_for_evaluation(tmp_path):
         open_splits(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "task, names", [("", "train.jsonl and no captions.jsonl"), ("mc_action", "mc_action_train.jsonl")]
-)
+@pytest.mark.parametrize("task, names", [
+    ("", "train.jsonl and no captions.jsonl"), ("mc_action", "mc_action_train.jsonl")])
 def test_a_folder_without_manifests_says_what_is_missing(tmp_path, task, names):
     with pytest.raises(DataError, match=f'{tmp_path}: has no {names}; a line looks like {{"video"'):
         open_splits(tmp_path, task)

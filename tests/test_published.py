@@ -1,12 +1,8 @@
 """Published weights: networks against plain ones computed from the files' own tensors; what is refused."""
 import argparse
 import json
-import os
 import struct
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import plain
 import pytest
@@ -16,8 +12,8 @@ import torch
 import toy_data
 from evilm import (SPECIAL, Config, EdgeNeXt, EViLM, InputError, VideoSwin, ViT, WordPiece, load_published,
                    read_safetensors)
+from test_scripts import run, same, train_only
 
-ROOT = Path(__file__).resolve().parents[1]
 PAPER = replace(Config.paper(), decoder_layers=1, codes=8)      # both encoders as published, the rest small
 SMALL = {EdgeNeXt: lambda: EdgeNeXt((1, 1, 1, 1), (8, 8, 8, 8), heads=2), ViT: lambda: ViT(64, 32, 24, 1, 3),
          VideoSwin: lambda: VideoSwin(8, (1, 1, 1, 1), (1, 1, 1, 1), (2, 2, 2))}
@@ -36,10 +32,6 @@ def near(ours, plainly):
 
 def snapshot(part):
     return {name: tensor.clone() for name, tensor in part.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def under(prefix, tensors):
@@ -147,23 +139,20 @@ def test_bert_computes_what_its_file_says_of_the_models_words(bert, tmp_path, na
     ("openai", 64, 12, "clip.pt"),
     ("hugging_face", 64, 12, "clip.safetensors"),
     ("openai", 256, 2, "clip.safetensors"),     # the paper preset's grid; ten layers are left over
-    ("hugging_face", 224, 2, "clip.bin"),       # the published grid
 ])
 def test_clip_computes_what_its_file_says(tmp_path, naming, size, layers, name):
     network, x = ViT(size, layers=layers).eval(), torch.randn(1, 3, size, size)
-    if naming == "openai":
-        w = released.random_weights(released.clip_openai(), torch.float16)          # as published
-        layer, positions, forward = "transformer.resblocks", "visual.positional_embedding", plain.clip_openai
-    else:
-        w = under("vision_model.", released.random_weights(released.clip_hugging_face(), torch.float16))
-        layer, forward = "encoder.layers", plain.clip_hugging_face
-        positions = "vision_model.embeddings.position_embedding.weight"
-    report = loaded(network, tmp_path / name, w | {"logit_scale": torch.tensor(4.6)})
+    w = released.random_weights(released.clip_openai(), torch.float16)          # as published
+    layer, positions = "transformer.resblocks", "visual.positional_embedding"
+    file = w
+    if naming == "hugging_face":
+        file, layer = released.in_hugging_faces_names(w), "encoder.layers"
+    report = loaded(network, tmp_path / name, file | {"logit_scale": torch.tensor(4.6)})
     w = Doubles({key: x for key, x in w.items() if not any(f".{i}." in key for i in range(layers, 12))})
     across = plain.bicubic(7, size // 32)
     grid = torch.einsum("ij,jkc,lk->ilc", across, w[positions][1:].view(7, 7, -1), across).flatten(0, 1)
     with torch.no_grad():
-        near(network(x), forward(x.double(), w, 12, torch.cat([w[positions][:1], grid]))[:, 1:])
+        near(network(x), plain.clip_openai(x.double(), w, 12, torch.cat([w[positions][:1], grid]))[:, 1:])
     assert not report.left and sorted(report.filled) == sorted(network.state_dict())
     others = {key for key in report.unused if f".{layer}." not in key}
     assert {int(key.split(".")[3]) for key in set(report.unused) - others} == set(range(layers, 12))
@@ -199,7 +188,7 @@ def small(tiny):
         ["[PAD]", "red", "blue", *SPECIAL[1:], "green", "ball"]
 
 
-def test_words_take_their_own_rows(small, tmp_path):
+def test_words_take_their_own_rows_and_without_words_of_either_all_in_order(small, tmp_path):
     model, w, theirs = small
     rows, initial = w["bert.embeddings.word_embeddings.weight"], model.text_embedding.words.weight[7].clone()
     path = written(tmp_path / "b.pt", w)
@@ -208,12 +197,7 @@ def test_words_take_their_own_rows(small, tmp_path):
     assert not load_published(model, path, theirs).left
     assert torch.equal(model.text_embedding.words.weight[:7], rows[[0, 3, 4, 5, 6, 8, 1]])
     assert torch.equal(model.text_embedding.words.weight[7], initial)           # a row that no word uses
-
-
-def test_without_words_of_either_rows_are_taken_in_order(small, tmp_path):
-    model, w, theirs = small
     model.vocab = None
-    path = written(tmp_path / "b.pt", w)
     for vocab in (theirs, None):                # the model's words are unknown; 9 rows in the file, 8 here
         assert "9 word embeddings" in refused(model, path, vocab)
     w["bert.embeddings.word_embeddings.weight"] = torch.randn(8, 16)
@@ -330,10 +314,9 @@ PAPER_FLAGS = ["--preset=paper", "--lr=0", *(f"--config={size}" for size in (
 
 
 def test_both_stages_start_from_published_weights(edgenext, bert, tmp_path):
-    def run(script, *flags):
+    def trained(script, *flags, **how):
         flags += tuple("--data clips --workers 0 --batch-size 4 --max-steps 1 --device cpu".split())
-        return subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, text=True, timeout=200,
-                              capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return run(script, *flags, folder=tmp_path, hook=train_only, **how)
 
     clip = released.random_weights(released.clip_openai(layers=1))
     toy_data.render(tmp_path / "clips", 45)
@@ -344,9 +327,8 @@ def test_both_stages_start_from_published_weights(edgenext, bert, tmp_path):
     for name, tensors in (("edgenext.pth", edgenext), ("bert.safetensors", bert), ("clip.pt", clip)):
         written(tmp_path / name, tensors)
 
-    ended = run("pretrain.py", *PAPER_FLAGS, "--tokenizer=none", "--objectives=mlm", "--vocab=vocab.txt",
-                "--init-text=bert.safetensors", "--init-video=edgenext.pth", "--out=run")
-    assert ended.returncode == 0, ended.stderr
+    printed = trained("pretrain.py", *PAPER_FLAGS, "--tokenizer=none", "--objectives=mlm", "--out=run",
+                      "--vocab=vocab.txt", "--init-text=bert.safetensors", "--init-video=edgenext.pth")
     checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
     w, vocab = checkpoint["model"], checkpoint["vocab"]
     assert all(torch.equal(w[f"video_encoder.{name}"], edgenext[name])
@@ -354,15 +336,14 @@ def test_both_stages_start_from_published_weights(edgenext, bert, tmp_path):
     assert len(vocab) == 9157 and set(words) <= set(vocab)
     assert torch.equal(w["text_embedding.words.weight"],
                        bert["bert.embeddings.word_embeddings.weight"][[theirs.index(word) for word in vocab]])
-    assert "2 (head.weight, head.bias)" in ended.stdout
+    assert "2 (head.weight, head.bias)" in printed
 
-    ended = run("train_tokenizer.py", *PAPER_FLAGS, "--init-tokenizer=clip.pt", "--out=tokenizer")
-    assert ended.returncode == 0, ended.stderr
+    trained("train_tokenizer.py", *PAPER_FLAGS, "--init-tokenizer=clip.pt", "--out=tokenizer")
     w = torch.load(tmp_path / "tokenizer/last.pt", weights_only=True)["model"]
     assert torch.equal(w["encoder.patch.weight"], clip["visual.conv1.weight"])
     assert torch.equal(w["encoder.blocks.0.norm2.bias"], clip["visual.transformer.resblocks.0.ln_2.bias"])
 
-    ended = run("train_tokenizer.py", "--init-tokenizer=clip.pt", "--out=bad")     # the toy preset
-    lines = ended.stderr.splitlines()
-    assert ended.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: clip.pt: visual.")
-    assert "ViT-B/32 fits --preset paper" in lines[0] and not (tmp_path / "bad").exists()
+    printed = trained("train_tokenizer.py", "--init-tokenizer=clip.pt", "--out=bad", expect=2)
+    line = printed.splitlines()[-1]                                                 # of the toy preset
+    assert printed.count("error:") == 1 and line.startswith("error: clip.pt: visual.")
+    assert "ViT-B/32 fits --preset paper" in line and not (tmp_path / "bad").exists()
