@@ -1631,6 +1631,8 @@ def set_up(args):
     if not present[device]:
         raise InputError(f"--device {device}: PyTorch finds none here; --device auto takes what there is")
     if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"torchrun started more processes than {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True
     if args.workers is None:
@@ -1662,9 +1664,11 @@ def run_script(main, *user_errors):
     except (InputError, *user_errors) as error:
         line, status = f"error: {error}", 2
     except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is None and not full:
             raise
-        line, status = f"error: {error.filename or 'saving'}: {error.strerror}; older files are whole", 2
+        line, status = f"error: {error.filename or 'saving'}: {error.strerror}", 2
+        line += "; older files are whole" if full else ""
     except RuntimeError as error:
         lost = re.search(r"gloo|nccl|peer|connection", str(error), re.IGNORECASE)
         if not (dist.is_initialized() and lost):
@@ -1733,10 +1737,15 @@ def load(path, *kinds, hint=""):
     keys = {"kind", "config", "vocab", "step", "model"}
     if not isinstance(checkpoint, dict) or not keys <= set(checkpoint):
         raise InputError(f"{path}: not a checkpoint of this project")
+    types = {"config": dict, "vocab": list, "step": int, "model": dict, "settings": dict, "answers": list}
+    for name in types.keys() & checkpoint.keys():
+        if not isinstance(checkpoint[name], types[name]):
+            raise InputError(f"{path}: is damaged, its {name} is not a {types[name].__name__}")
     kind, config = checkpoint["kind"], checkpoint["config"]
     if kind not in kinds:
         raise InputError(f"{path}: a checkpoint of kind {kind!r}, where {' or '.join(kinds)} is wanted")
-    if not isinstance(config, dict) or set(config) != set(Config.__dataclass_fields__):
+    if {name: type(value) for name, value in config.items()} != {
+            name: type(value) for name, value in asdict(Config()).items()}:
         raise InputError(f"{path}: its config is not one of this version of evilm.py")
     return checkpoint | {"path": path, "config": Config(**config)}
 
@@ -1788,7 +1797,7 @@ class Run:
         fill(self.model, checkpoint)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.step, self.best = checkpoint["step"], checkpoint["best"]
+            self.step, self.best = checkpoint["step"], float(checkpoint["best"])
             for name, total in checkpoint["sums"].items():
                 self.sums[name].copy_(total if self.machine.rank == 0 else 0 * total)
             if self.machine.rank == 0:      # evaluations after that step, and the final one, are made again
@@ -1890,6 +1899,10 @@ class Run:
             memory = torch.cuda.max_memory_allocated() / 2**30
         if self.clips:
             self.machine.print(f"{self.clips / self.seconds:.0f} clips/s, {memory:.2f} GiB at most")
+        if self.machine.world_size > 1:         # rank 0's last lines count what any process found broken
+            found = [None] * self.machine.world_size
+            dist.all_gather_object(found, self.broken, group=self.machine.patient)
+            self.broken = set().union(*found)
 
 
 # ------------------------------------------------------------------------- Zero-shot scoring, for two scripts

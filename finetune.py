@@ -209,7 +209,8 @@ def finish(task, model, run, args, machine):
         print(f"  {name:<30}" + (f"{value:6g}" if whole else f"{value:6.1%}"))
     print(f"look at {', '.join(sorted(path.name for path in run.folder.glob('*.png')))} in {run.folder}; "
           f"broken clips: {len(run.broken)}")
-    print("next: the same command with --init none and another --out shows what pre-training is worth")
+    if args.init != "none" and not args.zero_shot:
+        print("next: the same command with --init none and another --out shows what pre-training is worth")
 
 
 class Task:
@@ -379,16 +380,18 @@ class Retrieval(Task):
         return FastRetrieval(model) if self.fast else freeze(model, "mlm_head", "mvm_head")
 
     def clips(self, model, machine, run):
-        return EachVideo(self.samples(self.splits["train"], train=True, mismatched=True))
+        return EachVideo(self.samples(self.splits["train"], train=True, mismatched=not self.fast))
 
     def collate(self, samples):
-        """-> frames, names (B,) of the videos, as numbers, ids and mask (B, L) of the captions and of
-        mismatched captions, which joint scoring needs."""
+        """-> frames, names (B,) of the videos, as numbers, ids and mask (B, L) of the captions and, for joint
+        scoring, of mismatched captions."""
         batch, B = collate(samples), len(samples)
-        captions = [s["caption"] for s in samples] + [s["mismatched"] for s in samples]
+        captions = [s["caption"] for s in samples] + [s["mismatched"] for s in samples if not self.fast]
         ids, mask = self.wordpiece.encode_batch(captions, self.config.max_words)
-        return {"frames": batch["frames"], "names": torch.tensor([s["name"] for s in samples]),
-                "ids": ids[:B], "mask": mask[:B], "mismatched_ids": ids[B:], "mismatched_mask": mask[B:],
+        texts = {"ids": ids[:B], "mask": mask[:B]}
+        if not self.fast:
+            texts |= {"mismatched_ids": ids[B:], "mismatched_mask": mask[B:]}
+        return {"frames": batch["frames"], "names": torch.tensor([s["name"] for s in samples]), **texts,
                 "broken": batch["broken"]}
 
     def loss(self, model, batch, machine):
@@ -467,9 +470,10 @@ class Probe(Task):
     title, files = "Activity recognition, linear probe", "action"
 
     def prepare(self, machine):
-        if machine.world_size * self.args.accumulate > 1 or self.config.batch_size == 1:
+        samples = min(self.config.batch_size, len(self.splits["train"]))
+        if machine.world_size * self.args.accumulate > 1 or samples == 1:
             raise InputError("probe: its norm is over the whole batch; use one process, no --accumulate, and "
-                             "a --batch-size of two or more")
+                             "a --batch-size and clips of two or more")
         counts = Counter(row["label"] for row in self.splits["train"])
         self.answers = sorted(counts)
         majority = counts.most_common(1)[0][0]

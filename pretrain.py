@@ -42,8 +42,8 @@ def parse(argv=None):
     add("--init-text", metavar="FILE", help="published BERT, 12 layers, 128 wide; --vocab is its vocab.txt")
     add("--codes", default="online", choices=["online", "offline"], help="MVM's labels: from the tokenizer "
         "at each step, or of all frames once, held in memory (default: online)")
-    add("--keep-at", type=lambda text: [at_least(0, float, 1)(part) for part in text.split(",")], default=[],
-        metavar="FRACTIONS", help="leave checkpoints at these fractions of the run, such as 0.2,0.4")
+    add("--keep-at", type=fractions, default=[], metavar="LIST", help="leave checkpoints at these fractions "
+        "of the run, such as 0.2,0.4")
     args = parser.parse_args(argv)
     args.objectives = tuple(name for name in args.objectives.split(",") if name)
     if not args.objectives or set(args.objectives) - set(OBJECTIVES):
@@ -58,6 +58,10 @@ def parse(argv=None):
         if path not in (None, "none") and not Path(path).is_file():
             raise InputError(f"{flag} {path}: there is no such file")
     return args
+
+
+def fractions(text):
+    return [at_least(0, float, 1)(part) for part in text.split(",")]
 
 
 class PretrainBatch:
@@ -109,6 +113,8 @@ def train(args):
         render_if_missing(args.data)
     machine.barrier()
     splits = open_splits(args.data, note=machine.print)
+    has_questions = Path(args.data, "mc_caption_test.jsonl").exists()
+    questions = open_split(args.data, "test", "mc_caption") if has_questions else None
 
     def clips_of(split, train):
         return ClipCaptions(splits[split], config.frames, config.size, args.seed, train, args.strict,
@@ -168,7 +174,7 @@ def train(args):
             trained = machine.total(sums) / ((run.step - 1) % evaluate_every + 1)
             if machine.rank == 0:
                 scores = evaluate(model, held_out, tokenizer, wordpiece, args.objectives, machine)
-                accuracies = {name: scores[name] for name in args.objectives}
+                accuracies = {name: scores[name] for name in args.objectives if scores[name] >= 0}  # not NaN
                 run.evaluated(sum(accuracies.values()) / len(accuracies), **scores,
                               **{f"loss_{name}": float(x) for name, x in zip(OBJECTIVES, trained) if x})
                 machine.print(f"step {run.step:,}, val: "
@@ -178,7 +184,7 @@ def train(args):
             run.save_last()
     run.report_speed()
     if machine.rank == 0:
-        finish(model, run, test, tokenizer, make_batch, args, machine)
+        finish(model, run, test, questions, tokenizer, make_batch, args, machine)
     machine.barrier()
 
 
@@ -189,7 +195,7 @@ def open_tokenizer(args, config, wordpiece, machine):
     """The tokenizer that --tokenizer names, in evaluation mode; it is trained first where there is none."""
     path = Path(args.tokenizer)
     metrics = path / "metrics.jsonl"
-    ended = (path / "best.pt").exists() and (not metrics.exists() or '"split": "test"' in metrics.read_text())
+    ended = (path / "best.pt").exists() and (not metrics.exists() or b'"test"' in metrics.read_bytes())
     if not (ended or path.is_file() or path.suffix in (".pt", ".pth")):
         if config.preset == "paper":
             raise InputError(f"--tokenizer {path}: there is none, and from scratch the paper's collapses. "
@@ -209,6 +215,7 @@ def open_tokenizer(args, config, wordpiece, machine):
         if theirs != ours:
             raise InputError(f"--tokenizer {path} was trained with another {what}: train one for this run "
                              "(train_tokenizer.py --out DIR) and name it, or --tokenizer none")
+    machine.print(f"tokenizer: {checkpoint['path']}, of {checkpoint['step']:,} steps")
     tokenizer = SemanticTokenizer(checkpoint["config"])
     fill(tokenizer, checkpoint)
     return tokenizer.to(machine.device).eval().requires_grad_(False)
@@ -238,10 +245,11 @@ def offline_codes(tokenizer, manifest, args, machine):
                          args.workers)
     codes = {}                                                              # of each video: (frames, g, g)
     for video, (frames,) in zip(tqdm(videos.videos.tolist(), "labels", disable=machine.rank > 0), loader):
-        with machine.autocast():
-            parts = [tokenizer.tokenize(some.to(machine.device)[None].float() / 255)[0].to("cpu", torch.int16)
-                     for some in frames.split(256)]
-        codes[video] = torch.cat(parts)
+        if len(frames):                                                     # a broken clip is replaced
+            with machine.autocast():
+                parts = [tokenizer.tokenize(some.to(machine.device)[None].float() / 255)[0].int().cpu()
+                         for some in frames.split(256)]
+            codes[video] = torch.cat(parts)
     names = manifest.videos.tolist()
     return lambda batch: torch.stack([codes[names[i]][numbers] for i, numbers in zip(
         batch["index"].tolist(), batch["numbers"])]).long()
@@ -296,13 +304,14 @@ def evaluate(model, loader, tokenizer, wordpiece, objectives, machine):
                     right[name] += int((guess == truth.cpu()).sum())
                     count[name] += len(truth)
                 codes += labels.flatten().cpu().bincount(minlength=len(codes))
-                right["distinct"] += sum(len(frame.unique()) for frame in labels.flatten(0, 1))
+                right["distinct"] += sum(len(frame.unique()) for frame in labels.cpu().flatten(0, 1))
                 count["distinct"] += labels.shape[0] * labels.shape[1]
     model.train()
     for name in set(truths) & set(objectives):      # the best constant guess, on these very words and patches
         found = torch.cat(truths[name])
-        right[f"{name}_majority"], count[f"{name}_majority"] = int(found.bincount().max()), len(found)
-    scores = {name: right[name] / count[name] for name in count if count[name]}
+        right[f"{name}_majority"] = max(found.bincount().tolist(), default=0)
+        count[f"{name}_majority"] = len(found)
+    scores = {name: right[name] / count[name] if count[name] else math.nan for name in count}
     return scores | (codebook_usage(codes) if "mvm" in objectives else {})
 
 
@@ -319,7 +328,7 @@ def copied_codes(labels, masked):
     return {"mvm_mode": mode[masked], "mvm_copy": copy[masked]}
 
 
-def finish(model, run, test, tokenizer, make_batch, args, machine):
+def finish(model, run, test, questions, tokenizer, make_batch, args, machine):
     """Final evaluation: best.pt on the test split, zero-shot; pictures; what was learned, against chance."""
     fill(model, load(run.folder, "pretrain"))
     model.eval()
@@ -330,7 +339,7 @@ def finish(model, run, test, tokenizer, make_batch, args, machine):
     if tokenizer is not None:
         draw_masked(model, test, make_batch, tokenizer, machine, run.folder / "masked.png")
     if "vtm" in objectives:
-        scores |= zero_shot(model, run, test.manifest, wordpiece, args, machine)
+        scores |= zero_shot(model, run, test.manifest, questions, wordpiece, args, machine)
     run.log("test", **scores)
     draw_curves(run, objectives, run.folder / "curves.png")
     print("\n".join(report(scores, objectives)))
@@ -340,7 +349,7 @@ def finish(model, run, test, tokenizer, make_batch, args, machine):
         print("next: python pretrain.py --objectives vtm,mlm --lr 5e-4 --out runs/without-mvm   (Table 5)")
 
 
-def zero_shot(model, run, manifest, wordpiece, args, machine):
+def zero_shot(model, run, manifest, questions, wordpiece, args, machine):
     """Retrieval by joint scoring, and multiple choice, without training for them -> their scores."""
     def loader(some):
         clips = ClipCaptions(some, model.config.frames, model.config.size, args.seed, False, mismatched=False)
@@ -353,10 +362,8 @@ def zero_shot(model, run, manifest, wordpiece, args, machine):
     plots.retrieval(rows, ranks, names, scores, manifest, model.config.size, run.folder / "retrieval.png",
                     "Zero-shot text-to-video retrieval, joint scoring")
     found = recalls(ranks) | {"retrieval_clips": len(names)}
-    try:
-        questions = open_split(args.data, "test", "mc_caption")
-    except DataError:
-        machine.print("no multiple choice: the folder has no mc_caption files")
+    if questions is None:
+        machine.print("no multiple choice: the folder has no mc_caption_test.jsonl")
         return found
     questions = questions.subset(range(min(EVALUATED, len(questions))))
     return found | score_choices(model, loader(questions), wordpiece, machine, run)

@@ -678,9 +678,10 @@ def collate(samples):
 def make_loader(clips, batches, collate=collate, workers=0):
     """The DataLoader of batches of keys, a list or a sampler. It pins memory where there is a CUDA device."""
     return torch.utils.data.DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_interrupt)
+                                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)
 
 
-def ignore_interrupt(worker):
-    """Ctrl-C reaches every process of the terminal; the main one decides when its workers end."""
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM can reach every process of a group; the main one decides when its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
