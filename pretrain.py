@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 import train_tokenizer
 from evilm import (EViLM, InputError, Parser, Run, SemanticTokenizer, at_least, block_mask, codebook_usage,
-                   configure, fill, load, load_published, make_optimizer, make_vocabulary, mask_frames,
-                   mask_words, pretraining_loss, random_mask, read_lines, recalls, run_script, save,
-                   score_choices, score_retrieval, set_up, shared_flags, start_centred)
+                   configure, fill, freeze, load, load_published, make_optimizer, make_vocabulary,
+                   mask_frames, mask_words, pretraining_loss, random_mask, read_lines, recalls, run_script,
+                   save, score_choices, score_retrieval, set_up, shared_flags, start_centred)
 from toy_data import (Batches, ClipCaptions, DataError, WholeClips, collate, in_order, make_loader,
                       open_split, open_splits, plots, render_if_missing)
 
@@ -74,6 +74,11 @@ class PretrainBatch:
 
     def __init__(self, wordpiece, config, objectives, seed):
         self.wordpiece, self.config, self.objectives, self.seed = wordpiece, config, objectives, seed
+        patches, masked = config.grid ** 2, round(config.mask_ratio * config.grid ** 2)
+        self.ratio = f"{masked} of {patches} patches a frame ({masked / patches:.0%})"
+        if "mvm" in objectives and not 0 < masked < patches:
+            raise InputError(f"--config mask_ratio={config.mask_ratio}: masks {self.ratio}; MVM needs masked "
+                             "and visible ones")
 
     def __call__(self, samples):
         c, B = self.config, len(samples)
@@ -104,17 +109,13 @@ def train(args):
     """Pre-trains as the flags say, from scratch or from where it was; scores best.pt on the test split."""
     machine = set_up(args)
     config = configure(args, epochs="epochs", batch_size="batch_size", lr="lr")
-    patches = config.grid ** 2
-    n_masked = round(config.mask_ratio * patches)
-    if "mvm" in args.objectives and not 0 < n_masked < patches:
-        raise InputError(f"--config mask_ratio={config.mask_ratio}: masks {n_masked} of a frame's {patches} "
-                         "patches; MVM needs masked and visible ones")
     if machine.rank == 0:
         render_if_missing(args.data)
     machine.barrier()
     splits = open_splits(args.data, note=machine.print)
-    has_questions = Path(args.data, "mc_caption_test.jsonl").exists()
-    questions = open_split(args.data, "test", "mc_caption") if has_questions else None
+    questions = None
+    if Path(args.data, "mc_caption_test.jsonl").exists():
+        questions = open_split(args.data, "test", "mc_caption")
 
     def clips_of(split, train):
         return ClipCaptions(splits[split], config.frames, config.size, args.seed, train, args.strict,
@@ -130,9 +131,8 @@ def train(args):
     model = EViLM(config).to(machine.device)
     if not args.resume:
         start_encoders(model, wordpiece, clips_of("train", False), args, machine)
-    for name in set(OBJECTIVES) - set(args.objectives):         # a head without a loss gets no gradient
-        getattr(model, f"{name}_head").requires_grad_(False)
-    model.pooler.requires_grad_("vtm" in args.objectives)
+    unused = [f"{name}_head" for name in OBJECTIVES if name not in args.objectives]
+    freeze(model, *unused, *(["pooler"] if "vtm_head" in unused else []))       # they get no gradient
     optimizer = make_optimizer(model, config.lr, config.weight_decay, machine.device)
     run = Run(args, "pretrain", config, wordpiece.vocab, machine,
               decide=("objectives", "tokenizer", "init_video", "init_text"))
@@ -146,12 +146,12 @@ def train(args):
     held_out = make_loader(val, in_order(val, EVALUATED), make_batch, args.workers)
     codes = offline_codes(tokenizer, splits["train"], args, machine) if args.codes == "offline" else None
     wrapped = machine.wrap(model, args.compile)
-    evaluate_every = max(100, math.ceil(steps / 10))
+    evaluate_every = max(100, math.ceil(steps / 10))            # ten times a run
     keep = {max(1, round(fraction * steps)): fraction for fraction in args.keep_at}
     machine.print(f"pre-training on {'+'.join(args.objectives)}: {len(clips):,} clips, {steps:,} steps of "
                   f"{batches.batch_size}, {machine}")
     if tokenizer is not None:
-        machine.print(f"masking {n_masked} of {patches} patches a frame ({n_masked / patches:.0%})")
+        machine.print(f"masking {make_batch.ratio}")
     for batch in run.batches(loader, config.lr, config.warmup):
         counts = dict(zip(OBJECTIVES, machine.total(batch.pop("counts")).tolist()))
         if codes is not None:

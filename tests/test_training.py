@@ -233,7 +233,8 @@ NOT_OURS = "not a checkpoint of this project"
     (checkpoint(config="toy"), "config"), (checkpoint(config={"size": 64}), "config"),
     (checkpoint(model={}), "do not fit"), (checkpoint(model="w"), "its model is not a dict"),
     (checkpoint(model={"w": torch.zeros(4)}), "do not fit"), (checkpoint(model={"w": 5}), "do not fit"),
-    (checkpoint(model=[torch.zeros(5)]), "its model is not a dict"), (checkpoint(vocab=5), "its vocab is not"),
+    (checkpoint(model=[torch.zeros(5)]), "its model is not a dict"),
+    (checkpoint(vocab=5), "its vocab is not"),
     (checkpoint(step=1.5), "its step is not"), (checkpoint(settings="seed"), "its settings is not")])
 def test_a_checkpoint_of_other_content_is_refused_in_one_line(tmp_path, content, named):
     torch.save(content, tmp_path / "x.pth")
