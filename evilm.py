@@ -1631,8 +1631,6 @@ def set_up(args):
     if not present[device]:
         raise InputError(f"--device {device}: PyTorch finds none here; --device auto takes what there is")
     if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"torchrun started more processes than {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True
     if args.workers is None:
