@@ -20,8 +20,7 @@ from toy_data import (Batches, ClipCaptions, DataError, collate, in_order, make_
                       render_if_missing)
 
 EVALUATED = 1000                # clips of a split that one evaluation looks at
-WORDS = ("word_loss", "word_recall", "word_gradient")
-PIXELS = ("pixel_loss", "pixel_mean_colour", "pixel_gradient")
+BESIDE = {"word": "word_recall", "pixel": "pixel_mean_colour"}      # what metrics.jsonl has beside the loss
 
 
 def parse(argv=None):
@@ -114,6 +113,7 @@ def train(args):
     loader = make_loader(clips, batches, make_batch, args.workers)
     held_out = make_loader(val, in_order(val, EVALUATED), make_batch, args.workers)
     model = machine.wrap(tokenizer, args.compile)
+    kind = config.tokenizer_target[:-1]
     warm, evaluate_every = round(config.tokenizer_warm * steps), max(100, math.ceil(steps / 10))
     machine.print(f"tokenizer: {len(clips):,} clips, {steps:,} steps of {batches.batch_size}, {machine}")
     for batch in run.batches(loader, config.tokenizer_lr, config.warmup):
@@ -142,7 +142,7 @@ def train(args):
             run.check_finite()
             if machine.rank == 0:
                 scores = evaluate(tokenizer, held_out, args, machine)
-                run.evaluated(-math.inf if run.step < warm else -scores[names_of(config)[0]], **scores,
+                run.evaluated(-math.inf if run.step < warm else -scores[f"{kind}_loss"], **scores,
                               **gradients_at_encoder(tokenizer, part, args))
                 machine.print(f"step {run.step:,}, val: {report(config, scores)}")
             machine.barrier()
@@ -164,11 +164,6 @@ def embed(tokenizer, model, batch, args, machine):
 def step_generator(args, run):
     """A generator of this step, the same on all processes."""
     return torch.Generator().manual_seed(args.seed * 1_000_003 + run.step)
-
-
-def names_of(config):
-    """What metrics.jsonl calls the loss, what stands beside it, and its gradient."""
-    return WORDS if config.tokenizer_target == "words" else PIXELS
 
 
 @torch.no_grad()
@@ -199,9 +194,9 @@ def evaluate(tokenizer, loader, args, machine):
             found = (ranks < words.sum(1, keepdim=True)) * words
             beside = beside + torch.stack([found.sum(0), words.sum(0)]).cpu()               # (2, K)
     tokenizer.train()
-    (part, whole), (loss_name, beside_name, _) = beside, names_of(config)
-    scores = {loss_name: float(sums[0] / n), "code_loss": float(sums[1] / n),
-              beside_name: float(part.sum() / whole.sum()), **codebook_usage(counts)}
+    (part, whole), kind = beside, config.tokenizer_target[:-1]
+    scores = {f"{kind}_loss": float(sums[0] / n), "code_loss": float(sums[1] / n),
+              BESIDE[kind]: float(part.sum() / whole.sum()), **codebook_usage(counts)}
     if config.tokenizer_target == "words":      # each word counts the same, the rare ones as the common
         scores["word_recall_macro"] = float((part / whole)[whole > 0].mean())
     return scores
@@ -213,8 +208,9 @@ def gradients_at_encoder(tokenizer, batch, args):
     embedded = tokenizer.embed(frames).detach().requires_grad_()
     quantized, _, code_loss = tokenizer.quantizer(embedded)
     loss, _ = tokenizer_loss(args, config, frames, batch, tokenizer.reconstruct(quantized), 0.0)
-    return {name: float(torch.autograd.grad(term, embedded, retain_graph=True)[0].norm())
-            for name, term in ((names_of(config)[2], loss), ("code_gradient", code_loss))}
+    norms = [float(torch.autograd.grad(term, embedded, retain_graph=True)[0].norm())
+             for term in (loss, code_loss)]
+    return {f"{config.tokenizer_target[:-1]}_gradient": norms[0], "code_gradient": norms[1]}
 
 
 def report(config, scores):
@@ -235,16 +231,16 @@ def finish(tokenizer, run, clips, make_batch, args, machine):
     scores = evaluate(tokenizer, loader, args, machine)
     run.log("test", **scores)
     val = [line for line in run.metrics() if line["split"] == "val"]
-    loss_name, beside_name, _ = names_of(config)
 
     def series(name):
         return [(line["step"], line[name]) for line in val]
 
-    losses = {config.tokenizer_target: series(loss_name), "codes": series("code_loss")}
+    kind = config.tokenizer_target[:-1]
+    losses = {config.tokenizer_target: series(f"{kind}_loss"), "codes": series("code_loss")}
     panels = [("codes in use, val", {"usage": series("codebook_usage")}, {}, True),
               ("losses, val", losses, {}, False)]
     if config.tokenizer_target == "words":
-        panels.insert(0, ("words found, val", {"recall": series(beside_name)}, {}, True))
+        panels.insert(0, ("words found, val", {"recall": series("word_recall")}, {}, True))
     plots.curves(panels, run.folder / "curves.png", f"Tokenizer of {config.tokenizer_target}")
     draw_codebook(tokenizer, loader, make_batch.wordpiece, run.folder / "codebook.png", machine)
     print(f"test: {report(config, scores)}")
