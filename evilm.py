@@ -1903,7 +1903,7 @@ class Run:
             self.broken = set().union(*found)
 
 
-# ------------------------------------------------------------------------- Zero-shot scoring, for two scripts
+# -------------------------------------------------------- Scoring of clips and captions, for two scripts
 
 
 @torch.no_grad()
@@ -1931,18 +1931,34 @@ def encode_captions(model, captions, wordpiece, machine):
 
 
 @torch.no_grad()
+def embed_captions(model, captions, wordpiece, machine):
+    """A `FastRetrieval`'s vectors of captions -> (n, D)."""
+    vectors, max_words = [], model.model.config.max_words
+    for i in range(0, len(captions), 500):
+        ids, mask = wordpiece.encode_batch(captions[i:i + 500], max_words)
+        with machine.autocast():
+            vectors.append(model.embed_text(ids.to(machine.device), mask.to(machine.device)))
+    return torch.cat(vectors)
+
+
+@torch.no_grad()
 def score_retrieval(model, captions, loader, wordpiece, machine, run):
-    """Joint scoring of a manifest's captions with each video of a loader.
+    """A manifest's captions with a loader's videos: joint scores of an `EViLM`, a `FastRetrieval`'s cosines.
 
     -> (the captions' rows whose clips are whole, their ranks (Q,), the videos' names, scores (Q, V)).
     """
-    video, videos = encode_clips(model.encode_video, loader, machine, run)
+    fast = isinstance(model, FastRetrieval)
+    video, videos = encode_clips(model.embed_video if fast else model.encode_video, loader, machine, run)
     place = {row["video"]: i for i, row in enumerate(videos)}
     rows = [row for row in captions if row["video"] in place]
-    text, mask = encode_captions(model, [row["caption"] for row in rows], wordpiece, machine)
-    with machine.autocast():
-        scores = joint_scores(model, video, text, mask).cpu()
-    ranks = rank_of_truth(scores, torch.tensor([place[row["video"]] for row in rows]))
+    texts, truth = [row["caption"] for row in rows], torch.tensor([place[row["video"]] for row in rows])
+    if fast:
+        scores = (embed_captions(model, texts, wordpiece, machine) @ video.t()).cpu()       # (Q, V)
+    else:
+        text, mask = encode_captions(model, texts, wordpiece, machine)
+        with machine.autocast():
+            scores = joint_scores(model, video, text, mask).cpu()                           # (Q, V)
+    ranks = rank_of_truth(scores, truth, tolerance=1e-6 if fast else 0.0)   # equal vectors, rounded, are ties
     return rows, ranks, list(place), scores
 
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from evilm import (Choice, Config, EViLM, FastRetrieval, InputError, LinearProbe, Parser, Run, WordPiece,
-                   at_least, contrastive_loss, encode_clips, fill, freeze, load, make_optimizer,
-                   make_vocabulary, pad, rank_of_truth, recalls, run_script, score_retrieval, set_fields,
-                   set_up, shared_flags, start_centred, vtm_loss, vtm_targets)
+                   at_least, contrastive_loss, embed_captions, encode_clips, fill, freeze, load,
+                   make_optimizer, make_vocabulary, pad, rank_of_truth, recalls, run_script,
+                   score_retrieval, set_fields, set_up, shared_flags, start_centred, vtm_loss, vtm_targets)
 from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, collate, find_clips, in_order,
                       make_loader, open_split, open_splits, plots, read_clip, render_if_missing, spans)
 
@@ -409,8 +409,8 @@ class Retrieval(Task):
         if not self.fast and split == "val":            # joint scoring is slow: 100 captions from all over
             captions = captions.subset(np.linspace(0, len(captions) - 1, min(100, len(captions))).astype(int))
         videos = self.loader(captions.each_video(), collate)
-        score = score_fast_retrieval if self.fast else score_retrieval
-        self.ranking = rows, ranks, names, _ = score(model, captions, videos, self.wordpiece, machine, run)
+        self.ranking = score_retrieval(model, captions, videos, self.wordpiece, machine, run)
+        rows, ranks, names, _ = self.ranking
         return recalls(ranks) | {"captions": len(rows), "clips": len(names)}
 
     def draw(self, folder):
@@ -443,26 +443,6 @@ class EachVideo(torch.utils.data.Dataset):
         drawn = np.random.default_rng([self.clips.seed, epoch, index, 2]).integers(first, end)
         sample = self.clips[epoch, int(self.rows[drawn])]
         return sample | {"name": int(self.clips.manifest.videos[sample["index"]])}
-
-
-@torch.no_grad()
-def score_fast_retrieval(model, captions, loader, wordpiece, machine, run):
-    """Cosines (4.4) of a manifest's captions with each video of a loader -> as evilm.score_retrieval."""
-    vectors, videos = encode_clips(model.embed_video, loader, machine, run)
-    place = {row["video"]: i for i, row in enumerate(videos)}
-    rows = [row for row in captions if row["video"] in place]
-    texts = [row["caption"] for row in rows]
-    queries = [embed_captions(model, texts[i:i + 500], wordpiece, machine) for i in range(0, len(texts), 500)]
-    scores = (torch.cat(queries) @ vectors.t()).cpu()                                       # (Q, V)
-    truth = torch.tensor([place[row["video"]] for row in rows])
-    ranks = rank_of_truth(scores, truth, tolerance=1e-6)            # equal vectors, rounded apart, are ties
-    return rows, ranks, list(place), scores
-
-
-def embed_captions(model, captions, wordpiece, machine):
-    ids, mask = wordpiece.encode_batch(captions, model.model.config.max_words)
-    with machine.autocast():
-        return model.embed_text(ids.to(machine.device), mask.to(machine.device))            # (n, D)
 
 
 class Probe(Task):
