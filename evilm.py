@@ -144,14 +144,13 @@ class Config:
     @classmethod
     def toy(cls):
         """The same method at sizes with which both stages learn the synthetic set in minutes on two cores."""
-        return cls(preset="toy", size=64, depths=(1, 1, 3, 1), dims=(16, 32, 64, 128), kernels=(3, 5, 5, 3),
-                   scales=(2, 2, 2, 2), xca_heads=4, layer_scale=1.0, vocab_rows=1024, vocab_size=1024,
-                   positions=64, text_width=64, text_layers=2, text_heads=4, max_words=24, width=128,
-                   decoder_layers=2, decoder_heads=4, decoder_pre_norm=True, dropout=0.0, codes=64,
-                   code_dim=16, vit_width=96, vit_layers=3, vit_heads=4, tokenizer_width=96,
-                   tokenizer_layers=2, tokenizer_heads=4, tokenizer_warm=0.4, tokenizer_revive=20,
-                   word_weight=30.0, augment=False, batch_size=32, epochs=6, lr=1.5e-3, mask_ratio=0.25,
-                   tokenizer_epochs=2, tokenizer_batch_size=32, tokenizer_lr=1e-3, swin_dim=16,
+        return cls(preset="toy", size=128, depths=(1, 2, 2, 2), dims=(8, 16, 48, 96), layer_scale=1.0,
+                   vocab_rows=1024, vocab_size=1024, positions=64, text_width=64, text_layers=2, text_heads=4,
+                   max_words=28, width=96, decoder_layers=2, decoder_heads=4, decoder_pre_norm=True,
+                   dropout=0.0, codes=64, code_dim=16, vit_width=96, vit_layers=3, vit_heads=4,
+                   tokenizer_width=96, tokenizer_layers=2, tokenizer_heads=4, tokenizer_warm=0.4,
+                   tokenizer_revive=20, word_weight=30.0, augment=False, batch_size=16, epochs=2, lr=5e-4,
+                   tokenizer_epochs=1, tokenizer_batch_size=32, tokenizer_lr=1e-3, swin_dim=16,
                    swin_depths=(1, 2, 2, 1), swin_heads=(1, 2, 4, 8), swin_window=(4, 4, 4))
 
 
@@ -486,15 +485,16 @@ CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Normalise(nn.Module):
-    """(..., 3, H, W) in [0, 1] -> the scale that an encoder was trained on."""
+    """(..., 3, H, W) in [0, 1] -> the scale that an encoder was trained on: (frames - mean) / deviation."""
 
     def __init__(self, mean, deviation):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
+        mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in (mean, deviation))
+        self.register_buffer("scale", 1 / deviation, persistent=False)
+        self.register_buffer("shift", -mean / deviation, persistent=False)
 
     def forward(self, frames):
-        return (frames - self.mean) / self.deviation
+        return torch.addcmul(self.shift, frames, self.scale)        # one pass over the pixels
 
 
 def initialise(module):
@@ -1968,18 +1968,23 @@ def score_choices(model, loader, wordpiece, machine, run):
 
     -> {"mc": accuracy, "mc_unseen", and "mc_NAME" for each attribute NAME that the options differ in}.
     """
-    right, asked = Counter(), Counter()
+    right, kinds = [], []
     for video, row in zip(*encode_clips(model.encode_video, loader, machine, run)):
         text, mask = encode_captions(model, row["options"], wordpiece, machine)
         with machine.autocast():
             scores = model.match(video.expand(len(text), -1, -1), text, mask)[None].cpu()
-        names = ["mc", *(f"mc_{name}" for name in row.get("changed", []))]
-        if row.get("unseen"):
-            names.append("mc_unseen")
-        asked.update(names)
-        if rank_of_truth(scores, torch.tensor([row["answer"]])) == 1:
-            right.update(names)
-    return {name: right[name] / asked[name] for name in asked}
+        right.append(bool(rank_of_truth(scores, torch.tensor([row["answer"]])) == 1))
+        kinds.append([*row.get("changed", []), *["unseen"] * row.get("unseen", False)])
+    return accuracies("mc", right, kinds)
+
+
+def accuracies(name, right, kinds):
+    """{name: accuracy}, and {name_KIND: that of the answers of a kind}: whether each is right, its kinds."""
+    hits = {}
+    for hit, its_kinds in zip(right, kinds):
+        for key in (name, *(f"{name}_{kind}" for kind in its_kinds)):
+            hits.setdefault(key, []).append(hit)
+    return {key: sum(hits[key]) / len(hits[key]) for key in hits}
 
 
 if __name__ == "__main__":

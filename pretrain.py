@@ -7,7 +7,10 @@
 Trains the tokenizer first where there is none. Leaves in --out: last.pt (go on with --resume), best.pt
 (highest mean val accuracy), metrics.jsonl, curves.png, masked.png, retrieval.png.
 """
+import contextlib
+import json
 import math
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -113,15 +116,13 @@ def train(args):
         render_if_missing(args.data)
     machine.barrier()
     splits = open_splits(args.data, note=machine.print)
-    questions = None
-    if Path(args.data, "mc_caption_test.jsonl").exists():
-        questions = open_split(args.data, "test", "mc_caption")
 
     def clips_of(split, train):
         return ClipCaptions(splits[split], config.frames, config.size, args.seed, train, args.strict,
                             augment=train and config.augment, negatives=config.negatives if train else 1)
 
     clips, val, test = clips_of("train", True), clips_of("val", False), clips_of("test", False)
+    val_questions, test_questions = (open_questions(args, config, split) for split in ("val", "test"))
     wordpiece, config = make_vocabulary(args, config, (row["caption"] for row in splits["train"]), machine)
     make_batch = PretrainBatch(wordpiece, config, args.objectives, args.seed)
     tokenizer = open_tokenizer(args, config, wordpiece, machine) if "mvm" in args.objectives else None
@@ -146,7 +147,7 @@ def train(args):
     held_out = make_loader(val, in_order(val, EVALUATED), make_batch, args.workers)
     codes = offline_codes(tokenizer, splits["train"], args, machine) if args.codes == "offline" else None
     wrapped = machine.wrap(model, args.compile)
-    evaluate_every = max(100, math.ceil(steps / 10))            # ten times a run
+    evaluate_every = max(100, math.ceil(steps / 5))             # five times a run
     keep = {max(1, round(fraction * steps)): fraction for fraction in args.keep_at}
     machine.print(f"pre-training on {'+'.join(args.objectives)}: {len(clips):,} clips, {steps:,} steps of "
                   f"{batches.batch_size}, {machine}")
@@ -173,18 +174,17 @@ def train(args):
             run.check_finite()
             trained = machine.total(sums) / ((run.step - 1) % evaluate_every + 1)
             if machine.rank == 0:
-                scores = evaluate(model, held_out, tokenizer, wordpiece, args.objectives, machine)
-                accuracies = {name: scores[name] for name in args.objectives if scores[name] >= 0}  # not NaN
-                run.evaluated(sum(accuracies.values()) / len(accuracies), **scores,
+                scores = evaluate(model, run, held_out, val_questions, tokenizer, make_batch, machine)
+                run.evaluated(selection_score(scores), **scores,
                               **{f"loss_{name}": float(x) for name, x in zip(OBJECTIVES, trained) if x})
-                machine.print(f"step {run.step:,}, val: "
-                              + ", ".join(f"{name} {value:.1%}" for name, value in accuracies.items()))
+                machine.print(f"step {run.step:,}, val: " + ", ".join(
+                    f"{name} {scores[name]:.1%}" for name in (*OBJECTIVES, "mc") if name in scores))
             machine.barrier()
             sums.zero_()
             run.save_last()
     run.report_speed()
     if machine.rank == 0:
-        finish(model, run, test, questions, tokenizer, make_batch, args, machine)
+        finish(model, run, test, test_questions, tokenizer, make_batch, args, machine)
     machine.barrier()
 
 
@@ -258,14 +258,33 @@ def offline_codes(tokenizer, manifest, args, machine):
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
+def open_questions(args, config, split):
+    """The loader of a folder's multiple-choice questions, 200 of val or 1,000 of test; None without any."""
+    if not Path(args.data, f"mc_caption_{split}.jsonl").exists():
+        return None
+    manifest = open_split(args.data, split, "mc_caption")
+    manifest = manifest.subset(range(min(len(manifest), 200 if split == "val" else EVALUATED)))
+    clips = ClipCaptions(manifest, config.frames, config.size, args.seed, False, mismatched=False)
+    return make_loader(clips, in_order(clips), collate, args.workers)
+
+
+def selection_score(scores):
+    """What best.pt is chosen by on val: the mean of VTM and MLM where they train, so that runs with MVM and
+    without are chosen alike; MVM alone by its own."""
+    names = [name for name in ("vtm", "mlm") if name in scores] or ["mvm"]
+    return sum(scores[name] for name in names if not math.isnan(scores[name])) / len(names)
+
+
 @torch.no_grad()
-def evaluate(model, loader, tokenizer, wordpiece, objectives, machine):
-    """Held-out accuracies of the objectives beside their baselines; fractions of 1.
+def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
+    """Held-out accuracies of the objectives beside their baselines, and of zero-shot multiple choice, where
+    there are questions; fractions of 1.
 
     Matching sees whole inputs; words are masked under whole frames, patches under whole words. `mlm_other` is
     MLM with another clip's frames, `mlm_content` MLM on words that are not function words; `distinct` is the
     number of codes a frame. For MVM's baselines see `copied_codes`.
     """
+    wordpiece, objectives = make_batch.wordpiece, make_batch.objectives
     model.eval()
     right, count, truths = Counter(), Counter(), {"mlm": [], "mvm": []}
     codes = torch.zeros(model.config.codes)
@@ -306,12 +325,15 @@ def evaluate(model, loader, tokenizer, wordpiece, objectives, machine):
                 codes += labels.flatten().cpu().bincount(minlength=len(codes))
                 right["distinct"] += sum(len(frame.unique()) for frame in labels.cpu().flatten(0, 1))
                 count["distinct"] += labels.shape[0] * labels.shape[1]
+    scores = {}
+    if "vtm" in objectives and questions is not None:
+        scores = score_choices(model, questions, wordpiece, machine, run)
     model.train()
     for name in set(truths) & set(objectives):      # the best constant guess, on these very words and patches
         found = torch.cat(truths[name])
         right[f"{name}_majority"] = max(found.bincount().tolist(), default=0)
         count[f"{name}_majority"] = len(found)
-    scores = {name: right[name] / count[name] if count[name] else math.nan for name in count}
+    scores |= {name: right[name] / count[name] if count[name] else math.nan for name in count}
     return scores | (codebook_usage(codes) if "mvm" in objectives else {})
 
 
@@ -334,12 +356,14 @@ def finish(model, run, test, questions, tokenizer, make_batch, args, machine):
     model.eval()
     wordpiece, objectives = make_batch.wordpiece, args.objectives
     loader = make_loader(test, in_order(test, EVALUATED), make_batch, args.workers)
-    scores = evaluate(model, loader, tokenizer, wordpiece, objectives, machine)
+    if questions is None:
+        machine.print("no multiple choice: the folder has no mc_caption_test.jsonl")
+    scores = evaluate(model, run, loader, questions, tokenizer, make_batch, machine)
     model.eval()
     if tokenizer is not None:
         draw_masked(model, test, make_batch, tokenizer, machine, run.folder / "masked.png")
     if "vtm" in objectives:
-        scores |= zero_shot(model, run, test.manifest, questions, wordpiece, args, machine)
+        scores |= zero_shot_retrieval(model, run, test.manifest, wordpiece, args, machine)
     run.log("test", **scores)
     draw_curves(run, objectives, run.folder / "curves.png")
     print("\n".join(report(scores, objectives)))
@@ -349,24 +373,17 @@ def finish(model, run, test, questions, tokenizer, make_batch, args, machine):
         print("next: python pretrain.py --objectives vtm,mlm --lr 5e-4 --out runs/without-mvm   (Table 5)")
 
 
-def zero_shot(model, run, manifest, questions, wordpiece, args, machine):
-    """Retrieval by joint scoring, and multiple choice, without training for them -> their scores."""
-    def loader(some):
-        clips = ClipCaptions(some, model.config.frames, model.config.size, args.seed, False, mismatched=False)
-        return make_loader(clips, in_order(clips), collate, args.workers)
-
+def zero_shot_retrieval(model, run, manifest, wordpiece, args, machine):
+    """Retrieval by joint scoring, without training for it -> its scores; draws retrieval.png."""
     spread = np.linspace(0, len(manifest) - 1, min(EVALUATED, len(manifest))).astype(int)   # of all videos
     captions = manifest.subset(spread)
-    videos = loader(captions.each_video())
+    clips = ClipCaptions(captions.each_video(), model.config.frames, model.config.size, args.seed, False,
+                         mismatched=False)
+    videos = make_loader(clips, in_order(clips), collate, args.workers)
     rows, ranks, names, scores = score_retrieval(model, captions, videos, wordpiece, machine, run)
     plots.retrieval(rows, ranks, names, scores, manifest, model.config.size, run.folder / "retrieval.png",
                     "Zero-shot text-to-video retrieval, joint scoring")
-    found = recalls(ranks) | {"retrieval_clips": len(names)}
-    if questions is None:
-        machine.print("no multiple choice: the folder has no mc_caption_test.jsonl")
-        return found
-    questions = questions.subset(range(min(EVALUATED, len(questions))))
-    return found | score_choices(model, loader(questions), wordpiece, machine, run)
+    return recalls(ranks) | {"retrieval_clips": len(names)}
 
 
 @torch.no_grad()
@@ -387,7 +404,8 @@ def draw_masked(model, clips, make_batch, tokenizer, machine, path):
 
 
 def draw_curves(run, objectives, path):
-    """curves.png: accuracies on val over the steps, beside their baselines, and the training losses."""
+    """curves.png: accuracies on val over the steps, beside their baselines, and the training losses;
+    multiple choice also of the finished runs in the folders beside this one."""
     val = [line for line in run.metrics() if line["split"] == "val"]
     baselines = {"vtm": {"chance": 0.5}, "mlm": {}, "mvm": {}}
     for key in ("mlm_majority", "mlm_other", "mvm_majority", "mvm_mode", "mvm_copy"):
@@ -395,6 +413,14 @@ def draw_curves(run, objectives, path):
             baselines[key[:3]][key[4:]] = val[-1][key]
     panels = [(f"{name}, val", {name: [(line["step"], line[name]) for line in val]}, baselines[name], True)
               for name in objectives]
+    choices, files = {}, run.folder.resolve().parent.glob("*/metrics.jsonl")
+    for file in sorted(files, key=os.path.getmtime)[-8:]:
+        with contextlib.suppress(ValueError, LookupError):      # a damaged file of another run
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            if "mc" in lines[0] and lines[-1]["split"] == "test":
+                choices[file.parent.name] = [(line["step"], line["mc"]) for line in lines[:-1]]
+    if choices:
+        panels.append(("multiple choice, val", choices, {"chance": 0.2}, True))
     losses = {name: [(line["step"], line[f"loss_{name}"]) for line in val] for name in objectives}
     plots.curves([*panels, ("losses, training", losses, {}, False)], path, "Pre-training (3.4)")
 

@@ -103,7 +103,7 @@ def presets(args, machine):
 
 
 def loader(args, machine):
-    print("\nthe loader alone: synthetic GIFs, 4 of 12 frames of 64x64, words encoded, masks drawn")
+    print("\nthe loader alone: synthetic GIFs, 4 of 12 frames at 128x128, words encoded, masks drawn")
     with tempfile.TemporaryDirectory() as folder:
         toy_data.render(f"{folder}/set", 640)
         train = toy_data.open_splits(f"{folder}/set")["train"]

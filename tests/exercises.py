@@ -479,7 +479,6 @@ def findings(path, tests, folder):
 
 # ----------------------------------------------------------------------------------------------- The commands
 
-
 class Refused(Exception):
     """A command that makes no sense here; the message says what to type instead."""
 

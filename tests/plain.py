@@ -136,8 +136,7 @@ def sdta_encoder(x, w, at, scales, heads, positions):
         y = y + F.conv2d(fourier(H, W)[None], w[at + "pos_embd.token_projection.weight"],
                          w[at + "pos_embd.token_projection.bias"])
     y = y.flatten(2).transpose(1, 2)                                                        # (N, patches, C)
-    qkv, attended, c = (linear(norm(y, w, at + "norm_xca", 1e-6), w, at + "xca.qkv"), [],
-                        C // heads)
+    qkv, attended, c = linear(norm(y, w, at + "norm_xca", 1e-6), w, at + "xca.qkv"), [], C // heads
     for n in range(N):
         channels = []
         for h in range(heads):

@@ -1,15 +1,16 @@
-"""Toy versions of the paper's Tables 5 to 7 and Figs. 2 and 6, what pre-training gives each task, and the
-experiments of docs/results.md, each over 3 seeds.
+"""The paper's claims on the synthetic set: Tables 5 to 7, Figs. 2 and 6, masking, the focal loss.
 
-    python tests/tables.py                  everything: many hours on 2 cores
-    python tests/tables.py tasks table5     some of it, by the names that --help lists
-    python tests/tables.py --show           the tables of the runs that are there
+    python tests/tables.py                  names the tables and the hours that each still takes
+    python tests/tables.py table5           trains what is missing, two runs side by side on a thread each
+    python tests/tables.py table5 --show    prints what docs/results.jsonl holds
 
-All rows have the same number of steps. Runs lie in runs/tables: stop with Ctrl-C and start again at will, a
-run that was stopped goes on from its last.pt. Two runs go side by side, each on one thread.
+Each run's last metrics line is kept in docs/results.jsonl under a hash of its script, flags, Config, the
+set's version and the runs that it begins from; what is there is not run again. Runs lie in runs/tables: Ctrl-C
+stops, the same command goes on. Every row of a table has a learning rate of its own, chosen on val with a seed
+that is not reported, over rates that are extended until the best is not at the edge.
 """
 import argparse
-import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -20,205 +21,264 @@ import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT, RUNS = Path(__file__).resolve().parents[1], Path("runs/tables")
-PRETRAIN, FINE_TUNE, PROBE = 500, 150, 360      # steps; a probe's step costs next to nothing
-PRETRAIN_LR = 1e-3
-SEEDS, CHOICE_SEED = (1, 2, 3), 100             # the seed that chooses a learning rate is not reported
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)             # tried on val for a model that is not pre-trained
-FULL, WITHOUT_MVM = "vtm,mlm,mvm", "vtm,mlm"
-ROWS = {"from scratch": None, "VTM": "vtm", "VTM+MLM": WITHOUT_MVM, "VTM+MLM+MVM": FULL}
-TASKS = {"retrieval": ("retrieval", "r1"), "QA": ("qa", "top1"), "MC caption": ("mc --set caption", "top1"),
-         "probe": ("probe", "top1")}
-POINTS = (0.2, 0.4, 0.6, 0.8, 1.0)
-SIZES = {"small": "--config dims=8,16,32,64 --config width=64", "toy": "",
-         "large": "--config dims=24,48,96,192 --config width=192"}
-TOKENIZERS = {"none": (WITHOUT_MVM, ""), "pixels": (FULL, "--target pixels"),
-              "VideoSwin": (FULL, "--encoder videoswin"), "ViT, BCE": (FULL, "--loss bce"),
-              "ViT, focal": (FULL, "")}
-FINER = "--config size=96 --config frames=2"    # 3x3 patches a frame: of 2x2, few ratios differ
-MASKED = ("mvm", "mvm_copy", "mvm_mode", "mc", "vtm")
-EXPERIMENTS = {     # columns, and of each row: flags of both stages, of the tokenizer, of pre-training
-    "mask-ratio": (MASKED, {f"{ratio:.0%}": (FINER, "", f"--config mask_ratio={ratio}")
-                            for ratio in (0.1, 0.25, 0.4, 0.6, 0.8)}),
-    "blocks": (MASKED, {"block-wise": (FINER, "", "--config mask_ratio=0.4"),
-                        "single patches": (FINER, "", "--config mask_ratio=0.4 --config blocks=False")}),
-    "mvm-weight": (("mc", "mc_shape", "r1", "vtm", "mlm"), {
-        "1": ("", "", ""), "0: masked, none predicted": ("", "", "--config mvm_weight=0.0")}),
-    "codes": (("codebook_usage", "mvm", "mvm_copy", "mc"), {
-        "8": ("", "--config codes=8", ""), "64": ("", "", ""), "512": ("", "--config codes=512", "")}),
-    "code-dim": (("codebook_usage", "mvm", "mvm_copy", "mc"), {
-        "2": ("", "--config code_dim=2", ""), "16": ("", "", "")}),
-    "frames": (("probe", "mc_colour", "mc", "vtm"), {
-        "1": ("", "", "--config frames=1"), "2": ("", "", "--config frames=2"), "4": ("", "", ""),
-        "8": ("", "", "--config frames=8")}),
-    "vocabulary": (("mlm", "mc", "vtm", "r10"), {
-        "all words": ("", "", ""), "40": ("--config vocab_rows=40", "", "")}),
-    "negatives": (("vtm", "mc", "mc_colour", "mc_shape", "r10"), {
-        "random": ("", "", ""), "hardest of 8": ("", "", "--config negatives=8")}),
-}
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from evilm import Config                                            # noqa: E402
+from toy_data import plots, synthetic                               # noqa: E402
+
+RESULTS, RUNS = ROOT / "docs/results.jsonl", Path("runs/tables")
+CHOICE_SEED = 10                                # chooses rates, and chose the set and the preset
+RATES = (5e-4, 1e-3)
+MINUTES = {"train_tokenizer.py": 2, "pretrain.py": 8, "finetune.py": 3}     # of one run on one thread
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}         # Student's t, two-sided 95%, by the number of pairs
+ZERO_SHOT = ("vtm", "mlm", "mc", "r1", "r10")
+WITHOUT, WITH = "--tokenizer none --objectives vtm,mlm", "--objectives vtm,mlm,mvm"
+TASKS = {"QA": ("qa", "top1"), "retrieval": ("retrieval", "r1"), "probe": ("probe", "top1")}
 
 
-# ------------------------------------------------------------------------------------------------------ runs
+@dataclass(frozen=True)
+class Job:
+    """One run of a script; `begins` are pairs of a flag and the run whose folder it takes."""
+    script: str
+    flags: str
+    seed: int
+    begins: tuple = ()
+
+    @property
+    def key(self):
+        begins = [(flag, job.key) for flag, job in self.begins]
+        config = asdict(Config.toy()) | {"lr": None}                # the flags have it
+        parts = [self.script, self.flags, self.seed, config, synthetic.VERSION, begins]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+    @property
+    def folder(self):
+        return RUNS / f"{Path(self.script).stem}-{self.key}"
+
+    def result(self):
+        return results().get(self.key)
+
+    def minutes(self):
+        """What is left to do for its result."""
+        if self.result():
+            return 0
+        return MINUTES[self.script] + sum(0 if (job.folder / "best.pt").exists() else MINUTES[job.script]
+                                          for _, job in self.begins)
 
 
-class Absent(Exception):
-    """A run that is not there, and is not to be made."""
+LOCKS = defaultdict(threading.Lock)             # two rows may begin from the same run
 
 
-class Runs:
-    """The runs in runs/tables, each made when it is first asked for; a method a kind of run -> its folder."""
-
-    def __init__(self, data, make):
-        self.data, self.make, self.locks = data, make, defaultdict(threading.Lock)
-
-    def run(self, name, script, *flags):
-        folder = RUNS / name
-        with self.locks[name]:      # two rows may want the same run
-            if lines_of(folder):
-                return folder
-            if not self.make:
-                raise Absent(name)
-            command = [sys.executable, str(ROOT / script), *flags, "--data", self.data, "--out", str(folder),
-                       "--workers", "0"]
-            if (folder / "last.pt").exists():
-                command.append("--resume")
-            print(f"{time.strftime('%H:%M')}  {name}\n", end="", flush=True)      # two threads, whole lines
-            done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-                                  text=True)
-            if done.returncode:
-                raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-        return folder
-
-    def tokenizer(self, seed, flags=""):
-        return self.run(f"tokenizer{short(flags)}-{seed}", "train_tokenizer.py", "--seed", str(seed),
-                        *flags.split())
-
-    def pretrained(self, objectives, seed, flags="", tokenizer=""):
-        """`flags` are pre-training's, `tokenizer` its tokenizer's."""
-        labels = str(self.tokenizer(seed, tokenizer)) if "mvm" in objectives else "none"
-        return self.run(f"pretrain-{objectives}{short(flags)}{short(tokenizer)}-{seed}", "pretrain.py",
-                        "--objectives", objectives, "--max-steps", str(PRETRAIN), "--lr", str(PRETRAIN_LR),
-                        "--seed", str(seed), "--keep-at", ",".join(map(str, POINTS)), "--tokenizer", labels,
-                        *flags.split())
-
-    def fine_tuned(self, task, init, seed, name, *flags):
-        steps = PROBE if task == "probe" else FINE_TUNE
-        return self.run(f"{name}-{task.replace(' --set ', '-')}-{seed}", "finetune.py", *task.split(),
-                        "--init", str(init), "--seed", str(seed), "--max-steps", str(steps), *flags)
-
-    def task(self, objectives, task, seed, flags="", tokenizer=""):
-        """A task fine-tuned from a model pre-trained on `objectives`, or from scratch (None)."""
-        if objectives is None:
-            return self.from_scratch(task, seed)
-        init = self.pretrained(objectives, seed, flags, tokenizer)
-        name = init.name.removeprefix("pretrain-").removesuffix(f"-{seed}")
-        return self.fine_tuned(task, init, seed, f"from-{name}")
-
-    def from_scratch(self, task, seed):
-        """A task without pre-training, at the learning rate that is best on val for a seed not reported."""
-        def best_on_val(lr):
-            lines = lines_of(self.fine_tuned(task, "none", CHOICE_SEED, f"choose-{lr:g}", "--lr", str(lr)))
-            return max(line.get("r1", line.get("top1")) for line in lines if line["split"] == "val")
-        lr = max(LEARNING_RATES, key=best_on_val)
-        return self.fine_tuned(task, "none", seed, "from-scratch", "--lr", str(lr))
-
-    def at(self, objectives, point, task, seed):
-        """Fig. 6: the model at a fraction of its pre-training, probed, or scored on questions as it is."""
-        init = self.pretrained(objectives, seed) / f"at-{point:g}.pt"
-        flags = [] if task == "probe" else ["--zero-shot"]
-        return self.fine_tuned(task, init, seed, f"at-{point:g}-{objectives}", *flags)
+def results():
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {line["key"]: line for line in map(json.loads, lines)}
 
 
-def short(flags):
-    """Flags as part of a folder's name."""
-    return "".join(f"-{word.removeprefix('--')}" for word in flags.split() if word != "--config")
+def make(job, data, checkpoint=False):
+    """Runs what is missing of a job: its result or, where another run begins from it, its checkpoint."""
+    with LOCKS[job.key]:
+        if job.result() and not (checkpoint and not (job.folder / "best.pt").exists()):
+            return
+        for _, begin in job.begins:
+            make(begin, data, checkpoint=True)
+        begins = [word for flag, begin in job.begins for word in (flag, str(begin.folder))]
+        command = [sys.executable, str(ROOT / job.script), *job.flags.split(), *begins, "--data", data,
+                   "--seed", str(job.seed), "--out", str(job.folder), "--workers", "0"]
+        command += ["--resume"] * (job.folder / "last.pt").exists()
+        print(f"{time.strftime('%H:%M')}  {job.script} {job.flags} --seed {job.seed}\n", end="", flush=True)
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=one_thread, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+        val = [line for line in lines if line["split"] == "val"]
+        line = {"key": job.key, "script": job.script, "flags": job.flags, "seed": job.seed,
+                "val": max(map(selection, val)), "mc": [(v["step"], v["mc"]) for v in val if "mc" in v],
+                "test": {name: round(x, 5) for name, x in lines[-1].items() if isinstance(x, (int, float))}}
+        with LOCKS["results"], open(RESULTS, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
-def lines_of(folder):
-    """The lines of metrics.jsonl of a run that has ended, else none."""
-    path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return lines if lines and lines[-1]["split"] == "test" else []
+def selection(line):
+    """The val score that chooses rates, the same in all rows of a table."""
+    if "vtm" in line:
+        return (line["vtm"] + line["mlm"]) / 2
+    return line.get("r1", line.get("top1", -line.get("word_loss", line.get("pixel_loss", 0))))
+
+
+def make_all(jobs, data):
+    with ThreadPoolExecutor(2) as two:
+        made = [two.submit(make, job, data) for job in dict.fromkeys(jobs)]
+        try:
+            for one in made:
+                one.result()
+        except BaseException:                   # Ctrl-C stops the two that are under way as well
+            two.shutdown(cancel_futures=True)
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------- tables
 
 
-def tables(runs):
-    """(name, [columns], {row: [(how to get a seed's run, the score's name) of each column]})"""
-    def row(objectives, names, flags="", tokenizer=""):
-        """Cells of a row: names of TASKS, or scores of pre-training."""
-        flags = {"flags": flags.strip(), "tokenizer": tokenizer.strip()}
-        return [(partial(runs.task, objectives, TASKS[name][0], **flags), TASKS[name][1]) if name in TASKS
-                else (partial(runs.pretrained, objectives, **flags), name) for name in names]
+@dataclass(frozen=True)
+class Row:
+    """A row of a table. `flags` are pre-training's (None: the row is about tokenizers), `tokenizer` its
+    tokenizer's (None: it has none), `rates_of` the row whose rate it takes, or `at` a rate, and `paper` the
+    paper's figure."""
+    name: str
+    flags: str = None
+    tokenizer: str = None
+    paper: str = "-"
+    rates_of: "Row" = None
+    at: float = None
 
-    yield "tasks", list(TASKS), {"from scratch": row(None, TASKS), "pre-trained": row(FULL, TASKS)}
-    columns = ["retrieval", "QA", "MC caption"]
-    yield "table5", columns, {name: row(objectives, columns) for name, objectives in ROWS.items()}
-    both = {"without MVM": WITHOUT_MVM, "with MVM": FULL}
-    yield "fig6", [f"{kind} {point:.0%}" for kind in ("MC", "probe") for point in POINTS], {
-        name: [(partial(runs.at, objectives, point, task), "top1")
-               for task in ("mc --set caption", "probe") for point in POINTS]
-        for name, objectives in both.items()}
-    yield "fig2", list(SIZES), {name: [row(objectives, ["mc"], flags)[0] for flags in SIZES.values()]
-                                for name, objectives in both.items()}
-    columns = ["codebook_usage", "mc", "vtm", "r10", "probe", "QA"]
-    yield "tokenizers", columns, {name: row(objectives, columns, tokenizer=flags)
-                                  for name, (objectives, flags) in TOKENIZERS.items()}
-    columns = ["word_recall", "word_recall_macro", "codebook_usage"]
-    yield "losses", columns, {name: [(partial(runs.tokenizer, flags=flags), score) for score in columns]
-                              for name, flags in (("focal", ""), ("BCE", "--loss bce"))}
-    for name, (columns, rows) in EXPERIMENTS.items():
-        yield name, list(columns), {name: row(FULL, columns, f"{shared} {own}", f"{shared} {its}")
-                                    for name, (shared, its, own) in rows.items()}
+    def pretrained(self, seed, rate):
+        begins = () if self.tokenizer is None else (
+            ("--tokenizer", Job("train_tokenizer.py", self.tokenizer, seed)),)
+        return Job("pretrain.py", f"{self.flags} --lr {rate:g}", seed, begins)
+
+    def job(self, column, seed):
+        """The run that gives a column's score for a seed."""
+        if self.flags is None:
+            return Job("train_tokenizer.py", self.tokenizer, seed)
+        run = self.pretrained(seed, self.rate())
+        return Job("finetune.py", TASKS[column][0], seed, (("--init", run),)) if column in TASKS else run
+
+    def tried(self):
+        """The runs that choose the rate, {rate: run}: extended until the best is not at the edge."""
+        rates = sorted(RATES)
+        while True:
+            runs = {rate: self.pretrained(CHOICE_SEED, rate) for rate in rates}
+            found = {rate: run.result()["val"] for rate, run in runs.items() if run.result()}
+            best = max(found, key=found.get, default=None)
+            if len(found) < len(rates) or best not in (rates[0], rates[-1]):
+                return runs, best
+            rates = sorted([*rates, best / 2 if best == rates[0] else best * 2])
+
+    def rate(self):
+        """The best rate on val, or None where the runs that choose it are missing."""
+        if self.at:
+            return self.at
+        runs, best = (self.rates_of or self).tried()
+        return best if all(run.result() for run in runs.values()) else None
 
 
-def cell(get, score):
-    """'61.2 (58.0-64.1)': mean and range over the seeds in percent, and how many seeds if not all."""
-    values = []
-    for seed in SEEDS:
-        with contextlib.suppress(Absent, KeyError):     # without MVM there is no codebook
-            values.append(100 * lines_of(get(seed=seed))[-1][score])
-    if not values:
-        return "-"
-    few = "" if len(values) == len(SEEDS) else f", {len(values)} of {len(SEEDS)} seeds"
-    return f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f}{few})"
+BASE, FULL = Row("VTM+MLM", WITHOUT, None, "37.1"), Row("VTM+MLM+MVM", WITH, "", "38.7")
+TABLES = {          # seeds, columns, rows; the rows are compared with the first
+    "table5": (5, ZERO_SHOT, (
+        BASE, Row("masked, nothing predicted", WITH + " --config mvm_weight=0.0", ""), FULL,
+        Row("VTM+MLM, longer by the tokenizer's time", WITHOUT + " --epochs 3 --max-steps 1235"))),
+    "table5-one-rate": (5, ZERO_SHOT, (
+        Row("VTM+MLM", WITHOUT, None, "37.1", at=5e-4), Row("VTM+MLM+MVM", WITH, "", "38.7", at=5e-4))),
+    "table5-tasks": (5, tuple(TASKS), (BASE, FULL)),
+    "table6-7": (3, ("mc", "r10", "vtm"), (
+        Row("VTM+MLM", WITHOUT, None, "93.3"),
+        Row("MVM of pixels", WITH, "--target pixels", "92.8", FULL),
+        Row("MVM of words, ViT", WITH, "", "94.2", FULL),
+        Row("MVM of words, Video Swin", WITH, "--encoder videoswin", "93.9", FULL))),
+    "fig2": (3, ("mc", "r10", "vtm"), tuple(
+        Row(f"{name}, width 48", f"{flags} --config width=48", tokens)
+        for name, flags, tokens in (("VTM+MLM", WITHOUT, None), ("VTM+MLM+MVM", WITH, "")))),
+    "masks": (3, ("mvm", "mvm_copy", "mvm_mode", "mc", "vtm"), (
+        FULL, *(Row(name, f"{WITH} --config {change}", "", rates_of=FULL) for name, change in (
+            ("20%", "mask_ratio=0.2"), ("60%", "mask_ratio=0.6"), ("single patches", "blocks=False"))))),
+    "focal": (5, ("codebook_usage", "codebook_perplexity", "word_recall", "word_recall_macro"), tuple(
+        Row(loss, None, f"--loss {loss} --revive-after 0 --config codes=512") for loss in ("bce", "focal"))),
+}
+
+
+def missing(name):
+    """The runs that a table still needs, as far as its rates are known."""
+    seeds, columns, rows = TABLES[name]
+    jobs = []
+    for row in rows:
+        if row.flags is not None and row.rate() is None:
+            jobs += (row.rates_of or row).tried()[0].values()
+        else:
+            jobs += [row.job(column, seed) for seed in range(1, seeds + 1) for column in columns]
+    return [job for job in dict.fromkeys(jobs) if not job.result()]
+
+
+def scores(row, column, seeds):
+    """A column's score of each seed, in percent where it is a fraction; None where there is no run."""
+    if row.flags is not None and row.rate() is None:
+        return [None] * seeds
+    found = [row.job(column, seed).result() for seed in range(1, seeds + 1)]
+    name = TASKS[column][1] if column in TASKS else column
+    factor = 1 if column == "codebook_perplexity" else 100
+    return [factor * result["test"][name] if result and name in result["test"] else None for result in found]
+
+
+def interval(values):
+    """Mean and half the 95% t-interval."""
+    half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) in T_95 else None
+    return statistics.mean(values), half
+
+
+def show(name):
+    """The table in Markdown: means and ranges, then each row less the first, paired by seed."""
+    seeds, columns, rows = TABLES[name]
+    print(f"\n| {name} | paper | rate | " + " | ".join(columns) + " |\n" + "|---" * (3 + len(columns)) + "|")
+    for less_first in (False, True):
+        for row in rows[less_first:]:
+            cells = []
+            for column in columns:
+                values, first = scores(row, column, seeds), scores(rows[0], column, seeds)
+                if less_first:
+                    values = [None if None in pair else pair[0] - pair[1] for pair in zip(values, first)]
+                values = [value for value in values if value is not None]
+                cell = "-"
+                if values and less_first:
+                    mean, half = interval(values)
+                    cell = f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
+                elif values:
+                    cell = f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+                cells.append(cell + (f", {len(values)} seeds" if 0 < len(values) < seeds else ""))
+            rate = (row.rate() if row.flags is not None else None) or "-"
+            start = f"{row.name} | {row.paper} | {rate}"
+            if less_first:
+                start = f"{row.name} less {rows[0].name} | |"
+            print(f"| {start} | " + " | ".join(cells) + " |")
+
+
+def draw_fig6(name, path):
+    """The README's first picture: multiple choice on val during pre-training, with MVM and without."""
+    seeds, _, rows = TABLES[name]
+    panels = []
+    for seed in (None, *range(1, seeds + 1)):
+        lines = {}
+        for row in rows:
+            of = [seed] if seed else range(1, seeds + 1)
+            found = [row.job("mc", each).result() for each in of if row.rate()]
+            curves = [result["mc"] for result in found if result]
+            if curves:
+                lines[row.name] = [(points[0][0], statistics.mean(y for _, y in points))
+                                   for points in zip(*curves)]
+        panels.append((f"seed {seed}" if seed else f"mean of {seeds} seeds", lines, {"chance": 0.2}, True))
+    plots.curves(panels, path, "Zero-shot multiple choice on val while pre-training")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wanted", nargs="*", metavar="TABLE", help="tasks, table5, fig6, fig2, tokenizers "
-                        f"(Tables 6 and 7), losses, {', '.join(EXPERIMENTS)} (default: all)")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--data", default="data/toy", metavar="DIR", help="default: data/toy")
-    parser.add_argument("--show", action="store_true", help="only print what finished runs give")
+    parser.add_argument("--show", action="store_true", help="only print what docs/results.jsonl holds")
     args = parser.parse_args()
-    runs = Runs(args.data, make=not args.show)
-    whole = {table[0]: table for table in tables(runs)}
-    unknown = sorted(set(args.wanted) - set(whole))
-    if unknown:
-        parser.error(f"{', '.join(unknown)}: there is no such table; there are {', '.join(whole)}")
-    wanted = [whole[name] for name in whole if name in (args.wanted or whole)]
-    if runs.make:
-        cells = [(get, seed) for seed in SEEDS for _, _, rows in wanted
-                 for column in zip(*rows.values()) for get, _ in column]           # first seeds first
-        with ThreadPoolExecutor(2) as two:      # cells that share a run are one job, or one would wait
-            made = [two.submit(get, seed=seed) for get, seed in {str(cell): cell for cell in cells}.values()]
-            try:
-                for one in made:
-                    one.result()
-            except BaseException:               # Ctrl-C stops the two that are under way as well
-                two.shutdown(cancel_futures=True)
-                raise
-    print(f"{PRETRAIN} steps of pre-training, {FINE_TUNE} of fine-tuning, {PROBE} of the probe; test, "
-          "mean (range)")
-    for name, columns, rows in wanted:
-        print(f"\n| {name} | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
-        for row, cells in rows.items():
-            print(f"| {row} | " + " | ".join(cell(*one) for one in cells) + " |")
+    if unknown := sorted(set(args.tables) - set(TABLES)):
+        parser.error(f"{', '.join(unknown)}: there is no such table; there are {', '.join(TABLES)}")
+    for name in args.tables or TABLES:
+        jobs = missing(name)
+        print(f"{name}: {len(jobs)} runs, about {sum(job.minutes() for job in jobs) / 120:.1f} hours")
+    for name in args.tables:
+        while not args.show and (jobs := missing(name)):        # the rates first, then what they decide
+            make_all(jobs, args.data)
+        show(name)
+        if name in ("table5", "table5-one-rate"):
+            draw_fig6(name, ROOT / "docs/mc.png")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ def generator(seed=0):
 
 # ----------------------------------------------------------------------------------------------------- frames
 
-
 @pytest.mark.parametrize("grid", [1, 2, 3, 4, 7, 8, 14])
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.15, 0.4, 0.5, 0.75, 1.0])
 def test_exactly_the_ratio_is_masked_in_each_frame(grid, ratio):
@@ -120,7 +119,6 @@ def test_masked_pixels_are_zero_and_no_others_change():
 
 
 # ------------------------------------------------------------------------------------------------------ words
-
 
 def caption(n, padding=0):
     """[CLS], the words 5, 6, ..., [SEP], padding."""

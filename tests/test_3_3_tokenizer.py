@@ -22,7 +22,6 @@ def frames():
 
 # -------------------------------------------------------------------------------------------------------- ViT
 
-
 def test_vit_is_clips(randomise):
     vit = randomise(ViT(size=96, patch=32, width=24, layers=3, heads=4).double())
     w, x = plain.weights(vit), torch.randn(2, 3, 96, 96, dtype=torch.float64)
@@ -46,7 +45,6 @@ def test_frames_are_embedded_in_clips_scale_in_order(tokenizer, frames):
 
 
 # ---------------------------------------------------------------------------------------- Eq. (4), (7): codes
-
 
 def unit(x):
     return x / np.sqrt((x ** 2).sum(-1, keepdims=True))
@@ -144,7 +142,6 @@ def test_move_codes_draws_without_replacement(quantizer, vectors):
 
 # ---------------------------------------------------------------------------------------- Eq. (5), (6): words
 
-
 def test_eq5_head_of_the_averaged_output(tokenizer):
     codes = F.normalize(torch.randn(3, 2, 2, 2, 6), dim=-1)
     w = plain.weights(tokenizer)
@@ -158,7 +155,7 @@ def test_eq5_head_of_the_averaged_output(tokenizer):
 
 
 def test_eq5_tells_time_and_place(tokenizer):
-    codes = torch.randn(1, 2, 2, 2, 6)
+    codes = torch.randn(8, 2, 2, 2, 6)
     with torch.no_grad():
         logits = tokenizer.read_words(codes)
         # later first, upside down, turned
@@ -178,8 +175,7 @@ def focal(logits, targets):
 
 def test_eq6_focal_loss():
     logits, targets = 3 * torch.randn(4, 9), (torch.rand(4, 9) < 0.3).float()
-    assert float(focal_loss(logits, targets)) == pytest.approx(focal(logits.numpy(), targets.numpy()),
-                                                               rel=1e-5)
+    assert float(focal_loss(logits, targets)) == pytest.approx(focal(logits, targets), rel=1e-5)
 
 
 def test_eq6_gradient_goes_through_the_weight_p_too():
@@ -245,7 +241,6 @@ def test_rows_that_no_word_uses_do_not_count_in_K(tokenizer, frames):
 
 # ---------------------------------------------------------------------------------------- the tokenizer whole
 
-
 def test_the_tokenizer_reads_words_from_codes_alone(tokenizer, frames):
     with torch.no_grad():
         logits, ids, loss = tokenizer(frames)
@@ -282,8 +277,7 @@ def test_the_words_teach_encoder_and_decoder_and_leave_the_codebook_to_eq7(token
 
 def test_tokenize_gives_a_code_a_patch_and_needs_no_gradient(tokenizer, frames):
     graph = []
-    watch = tokenizer.proj.register_forward_hook(lambda module, inputs, output:
-                                                 graph.append(output.requires_grad))
+    watch = tokenizer.proj.register_forward_hook(lambda _, inputs, out: graph.append(out.requires_grad))
     ids = tokenizer.tokenize(frames)
     watch.remove()
     assert ids.shape == (3, 2, 2, 2) and ids.dtype == torch.int64 and graph == [False]

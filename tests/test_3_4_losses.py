@@ -16,7 +16,6 @@ def near(ours, expected, atol=1e-6):
 
 # ----------------------------------------------------------------------------------------------- Eq. (3), (8)
 
-
 def cross_entropy(logits, targets):
     """The mean of -log p of the right class, one row at a time."""
     total = 0.0
@@ -56,7 +55,6 @@ def test_a_loss_over_nothing_is_zero(loss):
 
 
 # -------------------------------------------------------------------------------------------- the masked pass
-
 
 @pytest.fixture
 def model(tiny, randomise):
@@ -165,7 +163,6 @@ def test_eq8_each_loss_alone_teaches_both_encoders_and_the_decoder(model, batch,
 
 # ---------------------------------------------------------------------------------------------------- Eq. (8)
 
-
 @pytest.mark.parametrize("mvm_weight", [1.0, 0.25, 0.0])
 def test_eq8_pretraining_loss(model, batch, mvm_weight):
     frames = mask_frames(batch["frames"], batch["masked_patches"])
@@ -221,13 +218,11 @@ def test_eq8_accumulated_gradients_are_those_of_the_whole_batch(tiny, model, bat
 
 # ---------------------------------------------------------------------------------------------------- scoring
 
-
 def test_rank_of_truth_counts_every_tie_against_the_query():
     scores = torch.randint(4, (60, 7)).float()                                  # many ties
     truth = torch.randint(7, (60,))
-    expected = []
-    for row, right in zip(scores.tolist(), truth.tolist()):
-        expected.append(1 + sum(score >= row[right] for i, score in enumerate(row) if i != right))
+    expected = [1 + sum(score >= row[right] for i, score in enumerate(row) if i != right)
+                for row, right in zip(scores.tolist(), truth.tolist())]
     assert rank_of_truth(scores, truth).tolist() == expected
 
 

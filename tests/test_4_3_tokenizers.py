@@ -32,7 +32,6 @@ def frames():
 
 # -------------------------------------------------------------------------------------------------- VideoSwin
 
-
 @pytest.mark.parametrize("T, window", [
     (5, (2, 3, 3)),             # padded and shifted in time, rows and columns; the last stage is one window
     (4, (4, 4, 4)),             # whole windows
@@ -86,7 +85,6 @@ def test_an_encoders_norms_can_start_centred_on_real_frames(encoder, shape, chan
 
 # --------------------------------------------------------------------------------------- Pixels as the target
 
-
 def test_pixels_are_drawn_in_their_places_from_the_frames_own_codes(make):
     tokenizer, codes = make("pixels", "vit"), F.normalize(torch.randn(2, 2, 2, 2, 6), dim=-1)
     w = plain.weights(tokenizer)
@@ -103,7 +101,6 @@ def test_pixels_are_drawn_in_their_places_from_the_frames_own_codes(make):
 
 # ------------------------------------------------------------------------------------------------ The scripts
 
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
@@ -111,8 +108,8 @@ def home(tmp_path_factory):
     return folder
 
 
-SMALL = ("--data clips --workers 0 --batch-size 4 --device cpu --config frames=2 --config swin_dim=8 "
-         "--config swin_depths=1,1,1,1 --config vit_layers=1 --config tokenizer_layers=1")
+SMALL = ("--data clips --workers 0 --batch-size 4 --device cpu --config frames=2 --config size=64 "
+         "--config swin_dim=8 --config swin_depths=1,1,1,1 --config vit_layers=1 --config tokenizer_layers=1")
 
 
 @pytest.fixture
@@ -185,11 +182,9 @@ def test_each_kind_trains_resumes_and_labels_pretraining(home, run, monkeypatch,
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("--target pixels --loss bce", "--loss"),
-    ("--target pixels --word-weight 3", "--word-weight"),
+    ("--target pixels --loss bce", "--loss"), ("--target pixels --word-weight 3", "--word-weight"),
     ("--config tokenizer_target=pixels", "--config tokenizer_target=pixels"),
-    ("--config tokenizer_encoder=videoswin", "--config tokenizer_encoder=videoswin"),
-])
+    ("--config tokenizer_encoder=videoswin", "--config tokenizer_encoder=videoswin")])
 def test_what_does_not_go_together_ends_in_one_line(home, run, capsys, flags, named):
     with pytest.raises(SystemExit) as end:
         run_script(lambda: run(train_tokenizer, flags + " --out bad"))

@@ -46,7 +46,6 @@ def rows(path, lines):
 
 # ------------------------------------------------------------------------------------------------------ heads
 
-
 def test_multiple_choice_begins_where_zero_shot_matching_ends(tiny, model):
     head, frames, (ids, mask) = Choice(model, 1).eval(), clips(tiny), texts(tiny, options=5)
     video = model.encode_video(frames)
@@ -123,12 +122,11 @@ def test_a_long_question_loses_its_end_and_never_its_option():
 def test_a_tie_is_wrong_and_so_is_an_answer_that_training_does_not_have():
     logits = torch.tensor([[1., 3., 2.], [3., 3., 1.], [3., 3., 1.], [1., 2., 3.], [math.nan, 0., 0.]])
     assert finetune.is_right(logits, torch.tensor([1, 0, 1, -1, 0])).tolist() == [True, *[False] * 4]
-    found = finetune.accuracies([True, False, True], [["colour", "shape"], ["colour"], []])
+    found = finetune.accuracies("top1", [True, False, True], [["colour", "shape"], ["colour"], []])
     assert found == {"top1": 2 / 3, "top1_colour": 1 / 2, "top1_shape": 1.0}, "fractions of their kind"
 
 
 # ------------------------------------------------------------------------------------------------------ tasks
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -136,8 +134,8 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     render(folder / "clips", 100)
     wordpiece = WordPiece.from_captions(row["caption"] for row in open_splits(folder / "clips")["train"])
-    config = replace(Config.toy(), frames=2, dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), text_width=32,
-                     text_layers=1, width=32, decoder_layers=1, vocab_rows=200, vocab_size=len(wordpiece))
+    config = replace(Config.toy(), frames=2, size=64, dims=(8, 16, 24, 32), depths=4 * (1,), text_layers=1,
+                     width=32, text_width=32, decoder_layers=1, vocab_rows=200, vocab_size=len(wordpiece))
     torch.manual_seed(3)
     (folder / "runs/pretrain").mkdir(parents=True)
     evilm.save({"kind": "pretrain", "config": asdict(config), "vocab": wordpiece.vocab, "step": 9,
@@ -326,7 +324,6 @@ def test_two_processes_train_to_the_weights_of_one(whole, home, tmp_path, flags)
 
 # -------------------------------------------------------------------------------------------- search and ask
 
-
 def test_search_ranks_a_folder_and_names_broken_clips_and_unknown_words(whole, home, tmp_path, capsys):
     folder, _ = whole("retrieval")
     (tmp_path / "mine/inside").mkdir(parents=True)
@@ -366,12 +363,10 @@ def test_ask_names_answers_with_probabilities(whole, home, monkeypatch, capsys):
 
 # ---------------------------------------------------------------------------------------- what bad input gets
 
-
 def test_a_task_refuses_what_it_cannot_use(go, whole, home):
     fast, _ = whole("retrieval")
     for flags, named in (("qa --init nowhere.pt", "nowhere.pt: there is no such file"),
-                         ("qa --preset paper", "--preset toy"),
-                         ("qa --vocab vocab.txt", "its vocabulary"),
+                         ("qa --preset paper", "--preset toy"), ("qa --vocab vocab.txt", "its vocabulary"),
                          ("qa --config width=64", "do not fit"),
                          ("qa --config max_words=100", "max_words, 100, must lie in 3 to positions"),
                          (f"qa --init {fast}", "trained for fast retrieval"),
@@ -433,10 +428,10 @@ def test_retrieval_names_an_absent_video_once_and_ranks_the_others(go, home, tmp
 
 
 @pytest.mark.parametrize("typed, epochs, lr, positions", [
-    ("mc --set action", 12, 1e-3, 3), ("mc --set mine", 6, 1e-3, 1), ("mc", 2, 1e-3, 1),
-    ("mc --set transition", 6, 1e-3, 10), ("mc --set transition --config video_positions=2.0", 6, 1e-3, 2),
+    ("mc --set action", 4, 1e-3, 3), ("mc --set mine", 4, 1e-3, 1), ("mc", 1, 1e-3, 1),
+    ("mc --set transition", 4, 1e-3, 10), ("mc --set transition --config video_positions=2.0", 4, 1e-3, 2),
     ("mc --set action --epochs 5 --lr 0.2", 5, 0.2, 3), ("mc --set action --preset paper", 20, 5e-5, 1),
-    ("retrieval --preset paper", 200, 3e-4, 1), ("qa --lr 0", 2, 0, 1)])
+    ("retrieval --preset paper", 200, 3e-4, 1), ("qa --lr 0", 1, 0, 1)])
 def test_settings_are_the_tables_and_the_synthetic_sets_and_flags_win(typed, epochs, lr, positions):
     args = finetune.parse(typed.split())
     config = finetune.with_settings(getattr(Config, args.preset)(), args)
@@ -447,6 +442,6 @@ def test_going_on_with_another_set_is_refused(go, whole, home):
     folder, _ = whole("mc --set action")
     for name in ("train", "val", "test"):
         shutil.copy(home / f"clips/mc_action_{name}.jsonl", home / f"clips/mc_other_{name}.jsonl")
-    settings = "--epochs 12 --config video_positions=3.0".split()
+    settings = "--epochs 4 --config video_positions=3.0".split()
     with pytest.raises(InputError, match=r"another set \(action, now other\)"):
         go("mc", "--set", "other", "--out", str(folder), "--resume", *settings)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,9 @@ def moving_square(count=7, height=24, width=32):
     return frames
 
 
-def save_animation(path, frames, **options):
+def save_animation(path, frames):
     first, *others = [Image.fromarray(frame) for frame in frames]
-    first.save(path, save_all=True, append_images=others, duration=100, **options)
+    first.save(path, save_all=True, append_images=others, duration=100, lossless=True)  # WebP's option
 
 
 def save_folder(path, frames):
@@ -48,21 +49,16 @@ def save_video(path, frames, *options):
     subprocess.run(command, input=frames.tobytes(), check=True)
 
 
+def save_clip(folder, kind, frames, name="clip"):
+    """Writes frames as a clip of a kind and returns its path."""
+    path = folder / (name if kind == "folder" else f"{name}.{kind}")
+    {"folder": save_folder, "npy": np.save, "mp4": save_video}.get(kind, save_animation)(path, frames)
+    return path
+
+
 @pytest.fixture
 def clip(tmp_path):
-    """Writes frames as a clip of a kind and returns its path."""
-    def write(kind, frames, name="clip"):
-        path = tmp_path / (name if kind == "folder" else f"{name}.{kind}")
-        if kind == "folder":
-            save_folder(path, frames)
-        elif kind == "npy":
-            np.save(path, frames)
-        elif kind == "mp4":
-            save_video(path, frames)
-        else:
-            save_animation(path, frames, lossless=True)  # WebP's option
-        return path
-    return write
+    return partial(save_clip, tmp_path)
 
 
 KINDS = ["gif", "webp", "png", "folder", "npy", pytest.param("mp4", marks=needs_ffmpeg)]
@@ -171,8 +167,7 @@ BAD = {  # name: its content, or None for no file, and what is said of it
     "first.npy": (np.zeros((2, 3, 4, 4), np.uint8), r"is uint8 \(2, 3, 4, 4\); a clip is"),
     "flat.npy": (np.zeros((2, 0, 4, 3), np.uint8), "has frames of 4x0; a frame has 1 to"),
     "short.npy": (np.zeros((0, 4, 4, 3), np.uint8), "has 0 frames; a clip has 1 to"),
-    "two\nlines.gif": (NOISE, "cannot be decoded"), "\udce9t\udce9.gif": (NOISE, "cannot be decoded"),
-}
+    "two\nlines.gif": (NOISE, "cannot be decoded"), "\udce9t\udce9.gif": (NOISE, "cannot be decoded")}
 
 
 @pytest.mark.parametrize("name", [*BAD, pytest.param("noise.mp4", marks=needs_ffmpeg)])
@@ -269,6 +264,21 @@ def test_find_clips_lists_videos_and_folders_of_images(tmp_path):
         find_clips(tmp_path / "none")
 
 
+def test_a_folder_of_a_videos_frames_is_read_in_its_place_and_the_run_says_so_once(tmp_path):
+    shown = []
+    videos = write_set(tmp_path, 6)
+    frames = moving_square(12, 24, 24) // 2
+    save_clip(tmp_path, "folder", frames, "4")
+    clips.open_splits(tmp_path, note=shown.append)
+    assert shown[-1].startswith("1 of 6 lines looked at") and "folders of frames" not in shown[0]
+    assert np.array_equal(read_clip(videos.video_path(videos[4]))[0], frames)
+    assert videos.video_path(videos[3]) == tmp_path / "3.gif" and videos[4]["video"] == "4.gif"
+    assert list(find_clips(tmp_path)) == ["0.gif", "1.gif", "2.gif", "3.gif", "5.gif", "4"]
+    (tmp_path / "4" / "frame7.png").write_bytes(b"broken")
+    with pytest.raises(BrokenClip, match="frame7.png: cannot be decoded"):
+        read_clip(videos.video_path(videos[4]))
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 100])
 def test_spans_takes_one_frame_of_each_equal_span(count):
     middle = spans(count, 4)
@@ -286,14 +296,14 @@ def test_spans_takes_one_frame_of_each_equal_span(count):
 
 # Samples ----------------------------------------------------------------------------------------------------
 
-def write_set(folder, count):
+def write_set(folder, count, kind="gif"):
     """A folder with `count` clips of 12 frames in as many colours, and its opened manifest."""
     lines = []
     for number in range(count):
         frames = moving_square(12, 24, 24)
         frames[:, :4] = (20 * number, 255 - 20 * number, 7)
-        save_animation(folder / f"{number}.gif", frames)
-        lines.append(f'{{"video": "{number}.gif", "caption": "clip number {number}"}}\n')
+        name = save_clip(folder, kind, frames, str(number)).name
+        lines.append(f'{{"video": "{name}", "caption": "clip number {number}"}}\n')
     (folder / "train.jsonl").write_text("".join(lines))
     return Manifest(folder / "train.jsonl", ("video", "caption"))
 
@@ -457,12 +467,14 @@ def test_a_caption_is_true_if_its_things_are_different_things_of_the_scene():
 KEPT = 12 * 3 * 16 * 16  # bytes of a clip of write_set
 
 
-@pytest.mark.parametrize("total, one, kept", [(99, 1, 6), (2, 1, 2), (99, 0, 0)])
-def test_clips_are_kept_by_their_decoded_size_and_change_no_sample(tmp_path, monkeypatch, total, one, kept):
-    manifest = write_set(tmp_path, 6)
+@pytest.mark.parametrize("kind, total, one, kept", [
+    *((kind, 99, 1, 0) for kind in KINDS[:-1]),
+    *(pytest.param("mp4", *sizes, marks=needs_ffmpeg) for sizes in ((99, 1, 3), (2, 1, 2), (99, 0, 0)))])
+def test_small_videos_stay_in_memory_and_change_no_sample(tmp_path, monkeypatch, kind, total, one, kept):
+    manifest = write_set(tmp_path, 3, kind)
     monkeypatch.setattr(clips, "MOST_KEPT", 0)
     read = ClipCaptions(manifest, 4, 16, seed=3, train=True)
-    expected = [read[key] for key in itertools.product(range(3), range(6))]
+    expected = [read[key] for key in itertools.product(range(3), range(3))]
     monkeypatch.setattr(clips, "MOST_KEPT", total * KEPT)
     monkeypatch.setattr(clips, "CLIP_KEPT", one * KEPT)
     dataset = ClipCaptions(manifest, 4, 16, seed=3, train=True)

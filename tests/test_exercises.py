@@ -38,7 +38,6 @@ def why(process, tmp_path):
 
 # -------------------------------------------------------------------------------------------- Every exercise
 
-
 @pytest.mark.slow
 @each
 def test_all_claims_hold_for_the_original(why, exercise):
@@ -92,8 +91,7 @@ SLIPS = [
     ("pretraining-loss", "mask_frames(frames, masked_patches)", "frames"),
     ("pretraining-loss", 'batch["ids"]', 'batch["masked_ids"]'),
     ("pretraining-loss", ', counts.get("mvm")', ""), ("pretraining-loss", "weights[name] * loss", "loss"),
-    ("recall-at-k", "", "return None"), ("recall-at-k", ">=", ">"), ("recall-at-k", " - tolerance", ""),
-]
+    ("recall-at-k", "", "return None"), ("recall-at-k", ">=", ">"), ("recall-at-k", " - tolerance", "")]
 
 
 @pytest.mark.slow
@@ -151,8 +149,7 @@ def test_a_difference_is_shown_where_it_is_greatest_or_by_its_shape_or_kind():
     ("torch.equal(x, 2 * x)", ["expected  [2, 4]", "got       [1, 2]"]),
     ("(x == b).all()", ["expected  5", "got       [1, 2]"]),
     ("x.sum() > b", ["expected  x.sum() > b", "got       x.sum() = 3, b = 5"]),
-    ("not any(i == 2 for i in x)", ["expected  not any((i == 2 for i in x))", "got       x = [1, 2]"]),
-])
+    ("not any(i == 2 for i in x)", ["expected  not any((i == 2 for i in x))", "got       x = [1, 2]"])])
 def test_what_an_assertion_expected_and_got(assertion, lines):
     names = {"a": 2, "b": 5, "x": torch.tensor([1, 2]), "torch": torch}
     assert exercises.judged(ast.parse(assertion, mode="eval").body, names) == lines
@@ -164,8 +161,7 @@ RANK = named("recall-at-k")
 @pytest.mark.parametrize("part, error", [
     ("return scores.gather(1, truth)", "RuntimeError: Index tensor must have"),
     # PyTorch raises NotImplementedError as well: that part is written.
-    ("return scores.sparse_mask(truth)", "NotImplementedError: Could not run"),
-])
+    ("return scores.sparse_mask(truth)", "NotImplementedError: Could not run")])
 def test_an_error_in_the_students_lines_is_said_with_its_line(why, part, error):
     for place, message in why(RANK, replaced(SOURCE, RANK, part)).values():
         assert place.endswith(f"evilm.py, line {lines_of_cut(SOURCE, RANK)[0] + 1}: {part}")
@@ -183,15 +179,13 @@ def test_what_ends_a_test_early_holds_nothing(why, part):
     ("", "your copy has no "), ("raise SystemExit(0)\n", "evilm.py, line 1: raise SystemExit(0)"),
     ("import no_such_package\n" + SOURCE, "evilm.py, line 1: import no_such_package"),
     (SOURCE.replace("SDTAEncoder", "OlderName"), "your copy has no SDTAEncoder"),
-    (SOURCE.replace("import numpy as np", "import numpy as np; np.no_such"), "; np.no_such"),
-])
+    (SOURCE.replace("import numpy as np", "import numpy as np; np.no_such"), "; np.no_such")])
 def test_a_copy_that_cannot_be_used_holds_nothing_and_says_why(why, copy, said):
     found = why(RANK, copy)
     assert list(found) == list(RANK.claims) and all(said in reasons[0] for reasons in found.values())
 
 
 # -------------------------------------------------------------------------------------- As a student types it
-
 
 @pytest.fixture
 def home(tmp_path):

@@ -14,7 +14,6 @@ def near(ours, expected):
 
 # --------------------------------------------------------------------------------- Cross-covariance attention
 
-
 def bare_attention(dim, heads, temperature):
     """q, k and v are the input itself, and nothing is projected after."""
     xca = CrossCovarianceAttention(dim, heads)
@@ -78,7 +77,6 @@ def test_xca_everything_in_it_learns():
 
 # ------------------------------------------------------------------------------------------------ The cascade
 
-
 def bare_cascade(dim, scales, factors):
     """The convolutions are products with a number: part i with factors[i]."""
     block = SDTAEncoder(dim, scales, heads=1, layer_scale=1.0, positions=False)
@@ -115,7 +113,6 @@ def test_cascade_leaves_its_input_as_it_was():
 
 
 # ---------------------------------------------------------------------------------------------------- Eq. (2)
-
 
 class Echo(nn.Module):
     """Stands in for the decoder: returns its input and keeps the mask that it was given."""
@@ -181,7 +178,6 @@ def test_eq2_token_types_words_and_patches_learn(echoing):
 
 # ------------------------------------------------------------------------------------------------ Recall at K
 
-
 def test_a_rank_is_one_for_the_best_score_and_counts_from_there():
     scores = torch.tensor([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5], [0.9, 0.1, 0.5]])
     assert rank_of_truth(scores, torch.tensor([0, 2, 1])).tolist() == [1, 2, 3]
@@ -202,7 +198,6 @@ def test_a_model_that_scores_everything_alike_recalls_nothing():
 
 
 # -------------------------------------------------------------------------------------- The contrastive loss
-
 
 def test_contrastive_loss_has_the_fp32_gradient_under_autocast():
     video, text = (nn.functional.normalize(torch.randn(6, 8), dim=-1).requires_grad_() for _ in range(2))

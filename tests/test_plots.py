@@ -48,7 +48,8 @@ def query(own):
     for name in names:
         np.save(name, flat_clip())
     rows, scores = [{"caption": "a query", "video": names[own]}], torch.tensor([[0.0, -1.0, -2.0]])
-    return rows, torch.tensor([own + 1]), names, scores, SimpleNamespace(folder=Path(".")), 96
+    manifest = SimpleNamespace(video_path=lambda row: Path(row["video"]))
+    return rows, torch.tensor([own + 1]), names, scores, manifest, 96
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +62,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     (plots.codebook, [[]], [[(LONG, flat_clip(), [(LONG, 3.0), ("red", 0.1)])]]),
     (plots.masked, [[]], [[clip_of_codes(*PATCHES, PATCHES[1], LONG)]]),
     (plots.curves, [[]], [[(LONG, {LONG: [(0, 1), (2, None), (5, 2)]}, {LONG: 1.5}, False)]]),
-    (plots.confusion, [[], []], [[[123456]], [LONG]]),
-])
+    (plots.confusion, [[], []], [[[123456]], [LONG]])])
 def test_every_picture_takes_no_entries_and_long_text(draw, nothing, long):
     page = drawn(draw, *nothing)
     assert (page < 200).any()
@@ -87,7 +87,6 @@ def test_a_page_is_written_whole_or_not_at_all(monkeypatch):
 
 
 # ---- Codes -------------------------------------------------------------------------------------------------
-
 
 def test_masked_patches_are_black_where_the_mask_is():
     mask = np.zeros((2, 3, 3), bool)

@@ -179,8 +179,7 @@ def jsfusion_mc(*rows):
 
 @pytest.mark.parametrize("name, content", [
     ("MSR_MC_test.csv", jsfusion_mc(["MC0", "msr7010", *CHOICES, 3])),
-    ("msrvtt_retrieval_mc_test.jsonl", CLIPBERT_MC),
-    ("msrvtt_mc_test.jsonl", CLIPBERT_MC | {"answer": "3"})])
+    ("msrvtt_retrieval_mc_test.jsonl", CLIPBERT_MC), ("msrvtt_mc_test.jsonl", CLIPBERT_MC | {"answer": "3"})])
 def test_msrvtt_mc_is_a_test_set_of_five_captions(release, videos, out, name, content):
     folder = release({name: content})
     convert("msrvtt-mc", folder, videos("video7010.mp4"), out)
@@ -334,8 +333,7 @@ FILES_NEEDED = {
     "msrvtt-qa": "train_qa.json", "msrvtt-mc": "MSR_MC_test.csv or msrvtt_retrieval_mc_test.jsonl",
     "msvd-qa": "youtube_mapping.txt", "tgif": "splits/train.txt", "tgif-qa": "Train_action_question.csv",
     "didemo": "train_data.json", "hmdb51": "brush_hair_test_split1.txt", "kinetics400": "train.csv",
-    "coco-captions": "captions_train2017.json",
-}
+    "coco-captions": "captions_train2017.json"}
 
 
 @pytest.mark.parametrize("name", public.CONVERTERS)

@@ -20,9 +20,10 @@ from plain import assert_trained_alike
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = ("--data", "clips", "--batch-size", "16", "--workers", "0", "--device", "cpu")
-SMALL = [word for field in ("frames=2", "dims=8,16,24,32", "depths=1,1,1,1", "text_width=32", "text_layers=1",
-                            "width=24", "decoder_layers=1", "vit_width=24", "vit_layers=1", "codes=32",
-                            "tokenizer_width=24", "tokenizer_layers=1") for word in ("--config", field)]
+SMALL = [word for field in ("frames=2", "size=64", "dims=8,16,24,32", "depths=1,1,1,1", "text_width=32",
+                            "text_layers=1", "width=24", "decoder_layers=1", "vit_width=24", "vit_layers=1",
+                            "codes=32", "tokenizer_width=24", "tokenizer_layers=1", "epochs=9",
+                            "tokenizer_epochs=9") for word in ("--config", field)]
 # The tokenizer learns noise here: equal patches make equal codes, between which rounding would decide.
 STAGES = {"pretrain.py": (*CLIPS, *SMALL, "--max-steps", 8, "--save-every", 2),
           "train_tokenizer.py": (*CLIPS, "--data", "noise", *SMALL, "--max-steps", 6, "--save-every", 2,
@@ -146,7 +147,6 @@ def whole(home):
 
 # ------------------------------------------------------------------------------------------ what a run leaves
 
-
 def test_short_runs_leave_what_the_readme_says(home, whole):
     for folder, names in ((home / "runs/tokenizer", ["codebook.png"]),
                           (home / "whole", ["at-0.5.pt", "masked.png", "retrieval.png"])):
@@ -156,7 +156,7 @@ def test_short_runs_leave_what_the_readme_says(home, whole):
         assert last["split"] == "test" and 0 < last["codebook_usage"] <= 1 <= last["codebook_perplexity"]
     assert last["median_rank"] >= 1 and all(0 <= last[name] <= 1 for name in (
         "vtm mlm mlm_majority mlm_other mvm mvm_majority mvm_mode mvm_copy mc r1 r5 r10".split()))
-    for line in ("masking 1 of 4 patches a frame (25%)", "chance 50%", "next: python"):
+    for line in ("masking 2 of 4 patches a frame (50%)", "chance 50%", "next: python"):
         assert line in whole
 
 
@@ -166,6 +166,7 @@ def test_each_objective_can_be_trained_alone(home, objectives):
         f"only-{objectives}", folder=home)
     for line in metrics(home / f"only-{objectives}"):
         assert [name for name in ("vtm", "mlm", "mvm") if name in line] == [objectives]
+        assert ("mc" in line) == any(name.startswith("mc_") for name in line) == (objectives == "vtm")
 
 
 def test_mvm_can_mask_without_predicting(home, whole):
@@ -192,7 +193,6 @@ def test_pretraining_trains_a_missing_tokenizer_first_and_finishes_one_that_was_
 
 
 # ---------------------------------------------------------------------------- kills, stops, several processes
-
 
 @pytest.mark.parametrize("script, workers, number, status", [
     ("pretrain.py", 0, signal.SIGKILL, -9), ("pretrain.py", 2, signal.SIGINT, 130),

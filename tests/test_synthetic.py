@@ -63,8 +63,8 @@ def test_all_files_and_clips_are_there(folder, read, shown):
     assert len(shown) == CLIPS
     assert {frames_of(folder / name).shape for name in list(shown)[::7]} == {(12, 64, 64, 3)}
     card = json.loads((folder / "set.json").read_text())
-    assert card == {"name": "synthetic", "clips": CLIPS, "seed": 1, "version": 2}
-    assert (len(read("train")), len(read("val"))) == (CLIPS * 8 // 10, CLIPS // 10)
+    assert card == {"name": "synthetic", "clips": CLIPS, "seed": 1, "version": 3}
+    assert (len(read("train")), len(read("val"))) == (CLIPS * 8 // 10, CLIPS // 25)
 
 
 @pytest.mark.parametrize("background", synthetic.BACKGROUNDS)
@@ -87,8 +87,7 @@ def centre(frames, colour):
 
 
 @pytest.mark.parametrize("motion, way", [
-    ("left", (-1, 0)), ("right", (1, 0)), ("up", (0, -1)), ("down", (0, 1)), ("still", (0, 0)),
-])
+    ("left", (-1, 0)), ("right", (1, 0)), ("up", (0, -1)), ("down", (0, 1)), ("still", (0, 0))])
 def test_a_plain_motion_goes_its_way(folder, shown, motion, way):
     for name, shows in clips_of(shown, motion)[:5]:
         moved = np.diff(centre(frames_of(folder / name), shows[0][0])[[0, -1]], axis=0)[0]
@@ -132,15 +131,19 @@ def test_held_out_pairs_are_in_test_alone(read, shown):
         assert row["unseen"] == held_out(shown[row["video"]])
 
 
-def test_a_larger_test_has_its_share_of_held_out_pairs():
-    _, full = synthetic.plan(4000, 0)
+def test_the_full_set_has_its_questions_of_each_kind_and_its_share_of_held_out_pairs():
+    _, full = synthetic.plan(10000, 0)
+    counts = {"train": 8000, "val": 400, "test": 200, "mc_caption_val": 240, "mc_caption_test": 1000,
+              "mc_action_test": 300, "mc_transition_test": 300}
+    assert {name: len(full[name]) for name in counts} == counts
+    assert [row["changed"] for row in full["mc_caption_test"]].count(("motion",)) == 200
+    assert max(row["video"] for row in full["test"]) < synthetic.video_name(8800), "of test's first 400 clips"
     rows = [row for kind in CHOICES for row in full[f"{kind}_test"]]
     assert 0.14 <= np.mean([row["unseen"] for row in rows]) <= 0.2
     # As distractors they occur too, and the words of each pair are in train, apart.
     assert any(held_out(claim) for row in rows if not row["unseen"] for claim in row["says"])
     words = {word for row in full["train"] for thing in row["says"] for word in thing}
     assert all({colour, shape} <= words for colour, shape in HELD_OUT)
-    assert len(full["test"]) == 200
 
 
 def test_all_words_of_val_and_test_occur_in_train_captions():
@@ -258,8 +261,7 @@ def test_a_question_has_one_answer(read, shown):
         answers = {
             "count": [("one", "two")[len(things) - 1]], "background": [background],
             "colour": [thing[0] for thing in named], "shape": [thing[1] for thing in named],
-            "where": [thing[-2].removesuffix("-half") for thing in named],
-        }
+            "where": [thing[-2].removesuffix("-half") for thing in named]}
         assert answers[row["kind"]] == [row["answer"]], row
 
 
@@ -288,7 +290,7 @@ def test_a_seed_is_a_set_of_the_same_bytes(tmp_path):
     clips = sorted(tmp_path.glob("a/clips/*"))
     pixels = b"".join(frames_of(path).astype(np.uint8).tobytes() for path in clips)
     rows = b"".join(path.read_bytes() for path in sorted(tmp_path.glob("a/*.jsonl")))
-    assert [hashlib.md5(content).hexdigest()[:8] for content in (pixels, rows)] == ["47a8ac03", "25cc104e"]
+    assert [hashlib.md5(content).hexdigest()[:8] for content in (pixels, rows)] == ["4b95b331", "95fb3c83"]
 
 
 def test_only_the_default_folder_is_rendered_when_it_is_missing(tmp_path, monkeypatch):

@@ -26,13 +26,12 @@ CPU = Machine(torch.device("cpu"))
 
 # -------------------------------------------------------------------------------------------- flags, statuses
 
-
 @pytest.mark.parametrize("change, named", [
     ("frames=0", "like frames=4"), ("negatives=0", "like negatives=1"), ("dims=8,16", r"like dims=\("),
-    ("tokenizer_revive=-1", "like tokenizer_revive=20"), ("mask_ratio=nan", "like mask_ratio=0.25"),
+    ("tokenizer_revive=-1", "like tokenizer_revive=20"), ("mask_ratio=nan", "like mask_ratio=0.4"),
     ("mask_ratio=80", "0 to 1"), ("dropout=2", "0 to 1"), ("frames=two", "like frames=4"),
     ("blocks=1", "like blocks=True"), ("dims=8,16,32,0", r"like dims=\("), ("size=70", "multiple of 32"),
-    ("decoder_heads=3", "3 heads must divide a width of 128"), ("xca_heads=3", "must divide the 32 channels"),
+    ("decoder_heads=5", "5 heads must divide a width of 96"), ("xca_heads=3", "must divide the 16 channels"),
     ("max_words=2", "3 to positions"), ("max_words=65", "3 to positions"), ("no_field=1", "no such field"),
     ("vocab_size=9", "no such field"), ("preset=paper", "no such field")])
 def test_a_field_that_no_model_can_have_is_refused(change, named):
@@ -109,7 +108,6 @@ def test_workers_are_the_cores_of_a_process_less_one(monkeypatch, device, cores,
 
 # ---------------------------------------------------------------------------------------- schedule, optimizer
 
-
 @pytest.mark.parametrize("steps, warmup", [(200, 0.05), (37, 0.3), (1000, 0.1)])
 def test_learning_rate_rises_linearly_then_falls_by_half_a_cosine_to_zero(steps, warmup):
     rates, rise = [learning_rate(i, steps, 3e-4, warmup) for i in range(steps + 1)], round(warmup * steps)
@@ -141,7 +139,6 @@ def test_no_decay_on_norms_biases_and_other_vectors(tiny):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-
 
 def checkpoint(**values):
     return {"kind": "pretrain", "config": asdict(Config.toy()), "vocab": ["a"], "step": 1,
@@ -258,6 +255,13 @@ def test_a_run_is_found_by_its_folder(tmp_path, name):
     assert load(tmp_path / name, "pretrain")["config"] == Config.toy()
 
 
+def test_best_is_chosen_alike_with_mvm_and_without():
+    scores = {"vtm": 0.8, "mlm": 0.4, "mvm": 0.1, "mc": 0.9}
+    for names, expected in (("vtm mlm mvm mc", 0.6), ("vtm mlm", 0.6), ("mlm mvm", 0.4), ("mvm", 0.1)):
+        chosen_by = pretrain.selection_score({name: scores[name] for name in names.split()})
+        assert chosen_by == pytest.approx(expected)
+
+
 def begin(folder, resume=False):
     """A run of one weight, as the scripts begin it."""
     args = Namespace(out=str(folder), seed=0, resume=resume, save_every=1, strict=False)
@@ -283,6 +287,18 @@ def test_a_resumed_run_drops_evaluations_after_its_step(tmp_path):
     resumed = begin(tmp_path / "run", resume=True)
     assert (resumed.step, resumed.best, resumed.sums["losses"].tolist()) == (1, 1, [1, 1])
     assert resumed.metrics() == [{"step": 1, "split": "val", "vtm": 1}]
+
+
+def test_curves_show_multiple_choice_of_all_runs_beside_that_have_ended(tmp_path, monkeypatch):
+    for name, logged in (("begun", ""), ("going", "val"), ("ended", "val test"), ("a", "val test")):
+        step(run := begin(tmp_path / name))
+        for split in logged.split():
+            run.log(split, vtm=0.5, mc=len(name) / 10, loss_vtm=1)
+    drawn = []
+    monkeypatch.setattr(pretrain.plots, "curves", lambda panels, *_: drawn.extend(panels))
+    pretrain.draw_curves(run, ["vtm"], tmp_path / "a/curves.png")
+    assert [lines for title, lines, *_ in drawn if title == "multiple choice, val"] == [
+        {"a": [(1, 0.1)], "ended": [(1, 0.5)]}]
 
 
 @pytest.mark.parametrize("damage", [{"optimizer"}, {"sums"}, {"best"}, {"optimizer": 5}, {"sums": "text"}])
@@ -316,7 +332,6 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------- parts and processes
-
 
 def test_what_goes_to_a_worker_is_small_and_a_spawned_worker_makes_the_same_batch(tmp_path):
     render(tmp_path, 45)

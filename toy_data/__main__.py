@@ -1,4 +1,4 @@
-"""Renders the synthetic set: python -m toy_data --out data/toy --clips 12000 --seed 0 --show"""
+"""Renders the synthetic set: python -m toy_data --out data/toy --clips 10000 --seed 0 --show"""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def main():
         prog="python -m toy_data", description="Render the synthetic set: clips, captions, questions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(SYNTHETIC), help="the folder to render into")
-    parser.add_argument("--clips", type=int, default=12000, help="clips in all, in fives, at least 45")
+    parser.add_argument("--clips", type=int, default=10000, help="clips in all, in fives, at least 45")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same bytes")
     parser.add_argument("--show", action="store_true", help="draw a dozen clips to OUT/sheet.png")
     args = parser.parse_args()

@@ -28,8 +28,8 @@ from PIL import Image
 
 MOST_PIXELS = 100_000_000  # of one frame
 MOST_FRAMES = 1_000_000  # of one clip
-CLIP_KEPT = 1 << 24  # bytes: a clip that is no larger when it is decoded stays in memory
-MOST_KEPT = 1 << 31  # bytes of decoded clips that one loader keeps, all its workers together
+CLIP_KEPT = 1 << 24  # bytes: a video that is no larger when ffmpeg has decoded it stays in memory
+MOST_KEPT = 1 << 30  # bytes of decoded clips that one loader keeps, all its workers together
 PATIENCE = 120  # seconds that one ffmpeg call may take
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".gif", ".webp", ".apng", ".mov", ".m4v", ".mpg", ".mpeg",
                   ".wmv", ".flv", ".3gp", ".3g2", ".mts", ".m2ts", ".npy"}
@@ -274,7 +274,8 @@ def spans(count, frames, generator=None):
 def find_clips(folder):
     """{name: path} of all clips in a folder and in those inside it, without hidden files, in path order.
 
-    A folder that holds images and no videos is one clip. Names are relative to `folder` and safe to print.
+    A folder that holds images and no videos is one clip, and stands for a video of its name beside it. Names
+    are relative to `folder` and safe to print.
     """
     folder, found = Path(folder), {}
     if not folder.is_dir():
@@ -283,7 +284,7 @@ def find_clips(folder):
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         clips = [Path(place, name) for name in sorted(files) if not name.startswith(".")
-                 and Path(name).suffix.lower() in VIDEO_SUFFIXES]
+                 and Path(name).suffix.lower() in VIDEO_SUFFIXES and Path(name).stem not in folders]
         if not clips and Path(place) != folder and any(map(is_image, files)):
             clips = [Path(place)]
         found |= {printable(str(clip.relative_to(folder))): clip for clip in clips}
@@ -359,8 +360,11 @@ class Manifest(Sequence):
         return self.index[:, 1].numpy()
 
     def video_path(self, row):
-        """Where the video of a row (a dict) is: paths in a manifest are relative to its folder."""
-        return self.folder / row["video"]
+        """Where the video of a row (a dict) is: paths in a manifest are relative to its folder. A folder of
+        that name without its suffix holds frames that were extracted from it, and is read in its place."""
+        path = self.folder / row["video"]
+        frames = os.path.splitext(path)[0]
+        return Path(frames) if os.path.isdir(frames) else path
 
 
 def check_lines(path, fields):
@@ -434,7 +438,7 @@ def open_splits(folder, task="", note=lambda line: None):
     if not train.exists() and (task or not lone.exists()):
         other = "" if task else " and no captions.jsonl"
         raise DataError(f"{folder}: has no {train.name}{other}; a line looks like {example(fields)}")
-    splits = {name: Manifest(path, fields) for name, path in paths.items() if path.exists()}
+    splits, what = {name: Manifest(path, fields) for name, path in paths.items() if path.exists()}, ""
     if not train.exists():
         splits, what = cut(Manifest(lone, fields), {"val": 0.10, "test": 0.10}), f"{lone} is split"
     elif len(splits) < 3:
@@ -445,9 +449,12 @@ def open_splits(folder, task="", note=lambda line: None):
         missing = {name: 0.05 for name in ("val", "test") if name not in splits}
         splits |= cut(splits["train"], missing)
         what += f"; {' and '.join(missing)} cut from train"
-    else:
-        return splits
-    note(f"{what} by video: " + ", ".join(f"{name} {len(splits[name]):,} lines" for name in paths))
+    if what:
+        note(f"{what} by video: " + ", ".join(f"{name} {len(splits[name]):,} lines" for name in paths))
+    paths = [(folder / row["video"], split.video_path(row)) for split in splits.values()
+             for row in map(split.__getitem__, range(min(500, len(split))))]
+    if folders := sum(video != path for video, path in paths):
+        note(f"{folders:,} of {len(paths):,} lines looked at name videos read from folders of frames")
     return splits
 
 
@@ -456,9 +463,9 @@ def split_path(folder, name, task):
 
 
 def open_split(folder, name, task="", note=lambda line: None):
-    """One of open_splits' three. A test file is opened as it is, with or without training files beside it."""
+    """One of open_splits' three. A file of its own is opened as it is, whether training has files or not."""
     path = split_path(folder, name, task)
-    if name == "test" and path.exists():
+    if path.exists():
         return Manifest(path, FIELDS[task.split("_")[0]])
     return open_splits(folder, task, note)[name]
 
@@ -530,14 +537,15 @@ class ClipCaptions(torch.utils.data.Dataset):
                 "mismatched": mismatched, "broken": broken}
 
     def read(self, row, generator):
-        """The frames of a row's clip, (T, size, size, 3), and their numbers. Clips that are small when they
-        are decoded are decoded once and stay in memory, as long as there is room."""
+        """The frames of a row's clip, (T, size, size, 3), and their numbers. Videos that are small when they
+        are decoded are decoded once and stay in memory, as long as there is room; images read fast."""
         path, chosen, whole = self.manifest.video_path(row), None, False
+        is_video = not (self.augment or path.suffix.lower() in (".npy", *IMAGE_SUFFIXES) or path.is_dir())
 
         def choose(count):
             nonlocal chosen, whole
             chosen = spans(count, self.frames, generator if self.train else None)
-            whole = not self.augment and 3 * self.size**2 * count <= min(CLIP_KEPT, self.room)
+            whole = is_video and 3 * self.size**2 * count <= min(CLIP_KEPT, self.room)
             return range(count) if whole else chosen
 
         if self.room is None:

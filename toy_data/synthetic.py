@@ -24,7 +24,7 @@ from tqdm import tqdm
 from toy_data.clips import DataError, is_true
 
 SYNTHETIC = "data/toy"          # rendered on first use; no other folder is
-VERSION = 2
+VERSION = 3
 SIZE, FRAMES = 64, 12           # pixels a side, frames a clip
 
 # ---- the grammar: what there is, commonest first ------------------------------------------------------
@@ -81,10 +81,14 @@ WHERE = {
 BESIDE = {"top": "above", "bottom": "below", "left-half": "beside", "right-half": "beside"}
 
 # ---- the grammar: what a question asks ----------------------------------------------------------------
-KINDS = ("caption", "action", "transition", "caption", "caption")   # of the groups, over and over
-# What the five clips of a caption group differ in, each with how many of its values, and how often.
+# The kinds of a split's groups, over and over; "motion" is a caption group that differs in a plain motion.
+KINDS = ("caption", "action", "transition", "caption", "motion",
+         "caption", "action", "caption", "transition", "caption")
+TEST_KINDS = ("caption", "action", "transition", "motion", "caption", "action", "caption", "transition",
+              "caption", "caption", "motion", "action", "caption", "transition", "caption", "caption")
+# What the five clips of other caption groups differ in: how many of its values, and how often.
 CHANGES = (
-    ({"colour": 5}, 25), ({"shape": 5}, 16), ({"motion": 5}, 12), ({"background": 5}, 10),
+    ({"colour": 5}, 25), ({"shape": 5}, 16), ({"background": 5}, 10),
     ({"colour": 3, "shape": 3}, 17), ({"size": 2, "colour": 3}, 5), ({"size": 2, "shape": 3}, 5),
     ({"binding": 3}, 10),       # which colour belongs to which of two shapes
 )
@@ -190,7 +194,7 @@ def draw_wording(generator, scene, must=frozenset()):
     two = len(scene.things) == 2
     both = two and (generator.random() < 0.85 or any(index == 1 for index, _ in must))
     related = both and generator.random() < 0.2
-    chances = {"size": 0.4, "motion": 0.7, "count": 0.5, "place": 0.05 if both else 0.5 * two}
+    chances = {"size": 0.4, "motion": 0.8, "count": 0.5, "place": 0.05 if both else 0.5 * two}
     fields = []
     for index, thing in enumerate(scene.things[:1 + both]):
         said = {name for name, chance in chances.items() if generator.random() < chance}
@@ -205,7 +209,7 @@ def draw_wording(generator, scene, must=frozenset()):
         fields.append(said | {name for i, name in must if i == index})
     if related and "motion" not in fields[1]:
         fields[1].add("relation")
-    mention = 0.12 if "motion" in fields[0] else 0.3
+    mention = 0.5
     background = (None, "background") in must or generator.random() < mention
     return Wording(words, tuple(fields), background)
 
@@ -369,11 +373,11 @@ def draw_base(generator, unseen, count=None):
 
 def draw_group(generator, kind, unseen, taken, known):
     """A sound group of scenes that no other split has, with held-out pairs if it is an `unseen` one."""
-    make = {"action": action_group, "transition": transition_group}.get(kind)
-    if kind == "caption":
-        weights = np.array([weight for _, weight in CHANGES])
-        changes = CHANGES[generator.choice(len(CHANGES), p=weights / weights.sum())][0]
-        make = partial(caption_group, changes=changes)
+    weights = np.array([weight for _, weight in CHANGES])
+    changes = CHANGES[generator.choice(len(CHANGES), p=weights / weights.sum())][0]
+    make = {"action": action_group, "transition": transition_group,
+            "motion": partial(caption_group, changes={"motion": 5}),
+            "caption": partial(caption_group, changes=changes)}[kind]
     for _ in range(5000):
         group = make(generator, unseen=unseen)
         if group and is_sound(group) and is_known(group.options, known) and not taken & set(group.scenes):
@@ -402,21 +406,22 @@ def plan(clips, seed):
     """(the scenes of all clips, {file: its rows}). No scene is in two splits; where train is large enough to
     have all words, val and test are worded in those of its captions."""
     scenes, files, taken, words = [], {}, set(), set()
-    held = min(max(3, clips // 50), 80)         # groups in val and in test: 3 at least for the three kinds
-    sizes = {"train": clips // 5 - 2 * held, "val": held, "test": held}
+    val, test = min(max(3, clips // 125), 80), min(max(3, clips // 31), 320)    # groups: all three kinds
+    sizes = {"train": clips // 5 - val - test, "val": val, "test": test}
     for number, (split, size) in enumerate(sizes.items()):
+        kinds = TEST_KINDS if split == "test" else KINDS
         known = words if split != "train" and clips >= 500 else None
         rows, used = {}, set()
         for index in range(size):
             generator = np.random.default_rng([seed, number, index])
             # Two test groups of nine have a held-out pair, in one clip or all: a sixth or so of the clips.
             unseen = split == "test" and index % 9 in (1, 5)
-            group = draw_group(generator, KINDS[index % 5], unseen, taken, known)
+            group = draw_group(generator, kinds[index % len(kinds)], unseen, taken, known)
             for name, row in group_rows(generator, group, len(scenes), known, used):
                 rows.setdefault(f"{name}_{split}".removeprefix("captions_"), []).append(row)
             scenes += group.scenes
         if split == "test":
-            rows["test"] = tell_apart(rows["test"])
+            rows["test"] = tell_apart(rows["test"][:400])
         if split == "train":
             words = {word for row in rows["train"] for word in row["caption"].split()}
         taken.update(scenes)
@@ -564,7 +569,7 @@ def write_clip(path, scene, generator):
     images[0].save(path, save_all=True, append_images=images[1:], duration=120, loop=0, optimize=False)
 
 
-def render(out, clips=12000, seed=0):
+def render(out, clips=10000, seed=0):
     """Draws the set into the folder `out`: whole, or not at all. The same bytes for the same seed."""
     out = Path(out)
     if clips < 45:
