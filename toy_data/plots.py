@@ -231,8 +231,8 @@ def retrieval(rows, ranks, names, scores, manifest, size, path, title="", querie
         rank = write(f"its clip: rank {ranks[q]}", 300, SMALL, RIGHT if ranks[q] == 1 else FAINT)
         blocks.append(grid([write(rows[q]["caption"], 300, most_lines=6), rank], 1))
         for score, v in zip(*(x.tolist() for x in scores[q].topk(min(shown, len(names))))):
-            path = manifest.video_path({"video": names[v]})
-            frames, _ = read_clip(path, lambda count: spans(count, 4), size)
+            video = manifest.video_path({"video": names[v]})
+            frames, _ = read_clip(video, lambda count: spans(count, 4), size)
             clip = ImageOps.expand(strip(frames, 108, most=4, columns=2), 4, PAPER)
             clip = ImageOps.expand(clip, 8, RIGHT if names[v] == rows[q]["video"] else PAPER)
             blocks.append(grid([clip, write(f"{score:.2f}", clip.width, SMALL)], 1, gap_below=2))
