@@ -218,7 +218,7 @@ def masked(entries, path, title=""):
     examples = [(17, 17, False, "visible patch and its code"), (17, 17, True, "masked, predicted correctly"),
                 (4, 17, True, "masked, predicted 4, true 17")]
     legend = [grid([code_patch(64, 64, *code), write(text, 205, SMALL)], 2, 16) for *code, text in examples]
-    columns = 2 if len(clips) > 1 and max(clip.width for clip in clips) < 1000 else 1
+    columns = 2 if len(clips) > 1 and max(clip.width for clip in clips) < 1200 else 1
     save(path, title, clips and [grid(legend, 3, gap=32), grid(clips, columns, 48, 44)], gap_below=32)
 
 
