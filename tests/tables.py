@@ -272,8 +272,13 @@ def main():
     if unknown := sorted(set(args.tables) - set(TABLES)):
         parser.error(f"{', '.join(unknown)}: there is no such table; there are {', '.join(TABLES)}")
     for name in args.tables or TABLES:
-        jobs = missing(name)
-        print(f"{name}: {len(jobs)} runs, about {sum(job.minutes() for job in jobs) / 120:.1f} hours")
+        seeds, columns, rows = TABLES[name]
+        minutes = sum(job.minutes() for job in missing(name))
+        for row in rows:
+            if row.flags is not None and row.rate() is None:        # what comes once the rate is known
+                tasks = sum(column in TASKS for column in columns)
+                minutes += seeds * (MINUTES["pretrain.py"] + tasks * MINUTES["finetune.py"])
+        print(f"{name}: about {minutes / 120:.1f} hours to go")
     for name in args.tables:
         while not args.show and (jobs := missing(name)):        # the rates first, then what they decide
             make_all(jobs, args.data)
