@@ -1888,7 +1888,7 @@ class Run:
             file.write(json.dumps({"step": self.step, "split": split, **values}) + "\n")
 
     def metrics(self):
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return read_metrics(self.folder)
 
     def report_speed(self):
         unit = 2**30 if sys.platform == "darwin" else 2**20
@@ -1901,6 +1901,11 @@ class Run:
             found = [None] * self.machine.world_size
             dist.all_gather_object(found, self.broken, group=self.machine.patient)
             self.broken = set().union(*found)
+
+
+def read_metrics(folder):
+    """The lines of a run's metrics.jsonl, each a dict."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # -------------------------------------------------------- Scoring of clips and captions, for two scripts
@@ -1974,7 +1979,7 @@ def score_choices(model, loader, wordpiece, machine, run):
         with machine.autocast():
             scores = model.match(video.expand(len(text), -1, -1), text, mask)[None].cpu()
         right.append(bool(rank_of_truth(scores, torch.tensor([row["answer"]])) == 1))
-        kinds.append([*row.get("changed", []), *["unseen"] * row.get("unseen", False)])
+        kinds.append([*row.get("changed", []), *(["unseen"] if row.get("unseen") else [])])
     return accuracies("mc", right, kinds)
 
 

@@ -8,7 +8,6 @@ Trains the tokenizer first where there is none. Leaves in --out: last.pt (go on 
 (highest mean val accuracy), metrics.jsonl, curves.png, masked.png, retrieval.png.
 """
 import contextlib
-import json
 import math
 import os
 from collections import Counter
@@ -22,8 +21,8 @@ from tqdm import tqdm
 import train_tokenizer
 from evilm import (EViLM, InputError, Parser, Run, SemanticTokenizer, at_least, block_mask, codebook_usage,
                    configure, fill, freeze, load, load_published, make_optimizer, make_vocabulary,
-                   mask_frames, mask_words, pretraining_loss, random_mask, read_lines, recalls, run_script,
-                   save, score_choices, score_retrieval, set_up, shared_flags, start_centred)
+                   mask_frames, mask_words, pretraining_loss, random_mask, read_lines, read_metrics, recalls,
+                   run_script, save, score_choices, score_retrieval, set_up, shared_flags, start_centred)
 from toy_data import (Batches, ClipCaptions, DataError, WholeClips, collate, in_order, make_loader,
                       open_split, open_splits, plots, render_if_missing)
 
@@ -264,6 +263,11 @@ def open_questions(args, config, split):
         return None
     manifest = open_split(args.data, split, "mc_caption")
     manifest = manifest.subset(range(min(len(manifest), 200 if split == "val" else EVALUATED)))
+    return scoring_loader(manifest, config, args)
+
+
+def scoring_loader(manifest, config, args):
+    """The clips of a manifest, in order, without mismatched captions."""
     clips = ClipCaptions(manifest, config.frames, config.size, args.seed, False, mismatched=False)
     return make_loader(clips, in_order(clips), collate, args.workers)
 
@@ -377,9 +381,7 @@ def zero_shot_retrieval(model, run, manifest, wordpiece, args, machine):
     """Retrieval by joint scoring, without training for it -> its scores; draws retrieval.png."""
     spread = np.linspace(0, len(manifest) - 1, min(EVALUATED, len(manifest))).astype(int)   # of all videos
     captions = manifest.subset(spread)
-    clips = ClipCaptions(captions.each_video(), model.config.frames, model.config.size, args.seed, False,
-                         mismatched=False)
-    videos = make_loader(clips, in_order(clips), collate, args.workers)
+    videos = scoring_loader(captions.each_video(), model.config, args)
     rows, ranks, names, scores = score_retrieval(model, captions, videos, wordpiece, machine, run)
     plots.retrieval(rows, ranks, names, scores, manifest, model.config.size, run.folder / "retrieval.png",
                     "Zero-shot text-to-video retrieval, joint scoring")
@@ -416,7 +418,7 @@ def draw_curves(run, objectives, path):
     choices, files = {}, run.folder.resolve().parent.glob("*/metrics.jsonl")
     for file in sorted(files, key=os.path.getmtime)[-8:]:
         with contextlib.suppress(ValueError, LookupError):      # a damaged file of another run
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            lines = read_metrics(file.parent)
             if "mc" in lines[0] and lines[-1]["split"] == "test":
                 choices[file.parent.name] = [(line["step"], line["mc"]) for line in lines[:-1]]
     if choices:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from evilm import Config                                            # noqa: E402
+from evilm import Config, read_metrics                              # noqa: E402
 from toy_data import plots, synthetic                               # noqa: E402
 
 RESULTS, RUNS = ROOT / "docs/results.jsonl", Path("runs/tables")
@@ -93,7 +93,7 @@ def make(job, data, checkpoint=False):
         done = subprocess.run(command, env=one_thread, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-        lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(job.folder)
         val = [line for line in lines if line["split"] == "val"]
         line = {"key": job.key, "script": job.script, "flags": job.flags, "seed": job.seed,
                 "val": max(map(selection, val)), "mc": [(v["step"], v["mc"]) for v in val if "mc" in v],
@@ -165,6 +165,10 @@ class Row:
         runs, best = (self.rates_of or self).tried()
         return best if all(run.result() for run in runs.values()) else None
 
+    def ready(self):
+        """Whether all that its runs need is chosen; a tokenizer has no rate to choose."""
+        return self.flags is None or self.rate() is not None
+
 
 BASE, FULL = Row("VTM+MLM", WITHOUT, None, "37.1"), Row("VTM+MLM+MVM", WITH, "", "38.7")
 TABLES = {          # seeds, columns, rows; the rows are compared with the first
@@ -195,7 +199,7 @@ def missing(name):
     seeds, columns, rows = TABLES[name]
     jobs = []
     for row in rows:
-        if row.flags is not None and row.rate() is None:
+        if not row.ready():
             jobs += (row.rates_of or row).tried()[0].values()
         else:
             jobs += [row.job(column, seed) for seed in range(1, seeds + 1) for column in columns]
@@ -204,7 +208,7 @@ def missing(name):
 
 def scores(row, column, seeds):
     """A column's score of each seed, in percent where it is a fraction; None where there is no run."""
-    if row.flags is not None and row.rate() is None:
+    if not row.ready():
         return [None] * seeds
     found = [row.job(column, seed).result() for seed in range(1, seeds + 1)]
     name = TASKS[column][1] if column in TASKS else column
@@ -275,7 +279,7 @@ def main():
         seeds, columns, rows = TABLES[name]
         minutes = sum(job.minutes() for job in missing(name))
         for row in rows:
-            if row.flags is not None and row.rate() is None:        # what comes once the rate is known
+            if not row.ready():                 # what comes once the rate is known
                 tasks = sum(column in TASKS for column in columns)
                 minutes += seeds * (MINUTES["pretrain.py"] + tasks * MINUTES["finetune.py"])
         print(f"{name}: about {minutes / 120:.1f} hours to go")

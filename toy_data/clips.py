@@ -110,15 +110,20 @@ def broken_if_it_fails(path):
 
 def open_clip(path, size):
     """The clip at `path` as (count, decode); size is (W, H) or None."""
-    if path.is_dir():
-        return open_folder(path, size)
-    if path.stat().st_size == 0:
+    how = opener(path)
+    if how is not open_folder and path.stat().st_size == 0:
         raise BrokenClip(f"{path}: is empty")
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return open_image(path, size)
-    if path.suffix.lower() == ".npy":
-        return open_array(path, size)
-    return open_video(path, size)
+    return how(path, size)
+
+
+def opener(path):
+    """The function that opens this kind of clip."""
+    if path.is_dir():
+        return open_folder
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return open_image
+    return open_array if suffix == ".npy" else open_video
 
 
 def check_pixels(path, width, height):
@@ -451,10 +456,10 @@ def open_splits(folder, task="", note=lambda line: None):
         what += f"; {' and '.join(missing)} cut from train"
     if what:
         note(f"{what} by video: " + ", ".join(f"{name} {len(splits[name]):,} lines" for name in paths))
-    paths = [(folder / row["video"], split.video_path(row)) for split in splits.values()
-             for row in map(split.__getitem__, range(min(500, len(split))))]
-    if folders := sum(video != path for video, path in paths):
-        note(f"{folders:,} of {len(paths):,} lines looked at name videos read from folders of frames")
+    found = [split.video_path(row) != folder / row["video"] for split in splits.values()
+             for row in itertools.islice(split, 500)]
+    if any(found):
+        note(f"{sum(found):,} of {len(found):,} lines looked at name videos read from folders of frames")
     return splits
 
 
@@ -540,12 +545,12 @@ class ClipCaptions(torch.utils.data.Dataset):
         """The frames of a row's clip, (T, size, size, 3), and their numbers. Videos that are small when they
         are decoded are decoded once and stay in memory, as long as there is room; images read fast."""
         path, chosen, whole = self.manifest.video_path(row), None, False
-        is_video = not (self.augment or path.suffix.lower() in (".npy", *IMAGE_SUFFIXES) or path.is_dir())
+        keep = not self.augment and opener(path) is open_video
 
         def choose(count):
             nonlocal chosen, whole
             chosen = spans(count, self.frames, generator if self.train else None)
-            whole = is_video and 3 * self.size**2 * count <= min(CLIP_KEPT, self.room)
+            whole = keep and 3 * self.size**2 * count <= min(CLIP_KEPT, self.room)
             return range(count) if whole else chosen
 
         if self.room is None:

@@ -209,8 +209,7 @@ def draw_wording(generator, scene, must=frozenset()):
         fields.append(said | {name for i, name in must if i == index})
     if related and "motion" not in fields[1]:
         fields[1].add("relation")
-    mention = 0.5
-    background = (None, "background") in must or generator.random() < mention
+    background = (None, "background") in must or generator.random() < 0.5
     return Wording(words, tuple(fields), background)
 
 
