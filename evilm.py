@@ -1938,33 +1938,35 @@ def encode_captions(model, captions, wordpiece, machine):
 @torch.no_grad()
 def embed_captions(model, captions, wordpiece, machine):
     """A `FastRetrieval`'s vectors of captions -> (n, D)."""
-    vectors, max_words = [], model.model.config.max_words
-    for i in range(0, len(captions), 500):
-        ids, mask = wordpiece.encode_batch(captions[i:i + 500], max_words)
-        with machine.autocast():
-            vectors.append(model.embed_text(ids.to(machine.device), mask.to(machine.device)))
-    return torch.cat(vectors)
+    ids, mask = (x.to(machine.device) for x in wordpiece.encode_batch(captions, model.model.config.max_words))
+    with machine.autocast():
+        return model.embed_text(ids, mask)
 
 
 @torch.no_grad()
-def score_retrieval(model, captions, loader, wordpiece, machine, run):
+def score_retrieval(model, captions, loader, wordpiece, machine, run, shown=5):
     """A manifest's captions with a loader's videos: joint scores of an `EViLM`, a `FastRetrieval`'s cosines.
 
-    -> (the captions' rows whose clips are whole, their ranks (Q,), the videos' names, scores (Q, V)).
+    -> (the captions' rows whose clips are whole, their ranks (Q,), the videos' names, and each caption's
+    `shown` highest scores with their videos' places among the names, two of (Q, shown)).
     """
     fast = isinstance(model, FastRetrieval)
     video, videos = encode_clips(model.embed_video if fast else model.encode_video, loader, machine, run)
     place = {row["video"]: i for i, row in enumerate(videos)}
     rows = [row for row in captions if row["video"] in place]
-    texts, truth = [row["caption"] for row in rows], torch.tensor([place[row["video"]] for row in rows])
-    if fast:
-        scores = (embed_captions(model, texts, wordpiece, machine) @ video.t()).cpu()       # (Q, V)
-    else:
-        text, mask = encode_captions(model, texts, wordpiece, machine)
-        with machine.autocast():
-            scores = joint_scores(model, video, text, mask).cpu()                           # (Q, V)
-    ranks = rank_of_truth(scores, truth, tolerance=1e-6 if fast else 0.0)   # equal vectors, rounded, are ties
-    return rows, ranks, list(place), scores
+    ranks, best = [], []
+    for i in range(0, len(rows), 100):                  # 100 captions with a million videos are 400 MB
+        texts = [row["caption"] for row in rows[i:i + 100]]
+        if fast:
+            scores = embed_captions(model, texts, wordpiece, machine) @ video.t()           # (q, V)
+        else:
+            text, mask = encode_captions(model, texts, wordpiece, machine)
+            with machine.autocast():
+                scores = joint_scores(model, video, text, mask)                             # (q, V)
+        truth = torch.tensor([place[row["video"]] for row in rows[i:i + 100]], device=scores.device)
+        ranks.append(rank_of_truth(scores, truth, 1e-6 if fast else 0.0).cpu())     # equal vectors are ties
+        best.append([x.cpu() for x in scores.topk(min(shown, len(place)))])
+    return rows, torch.cat(ranks), list(place), [torch.cat(parts) for parts in zip(*best)]
 
 
 @torch.no_grad()

@@ -382,9 +382,10 @@ def zero_shot_retrieval(model, run, manifest, wordpiece, args, machine):
     spread = np.linspace(0, len(manifest) - 1, min(EVALUATED, len(manifest))).astype(int)   # of all videos
     captions = manifest.subset(spread)
     videos = scoring_loader(captions.each_video(), model.config, args)
-    rows, ranks, names, scores = score_retrieval(model, captions, videos, wordpiece, machine, run)
-    plots.retrieval(rows, ranks, names, scores, manifest, model.config.size, run.folder / "retrieval.png",
+    ranking = score_retrieval(model, captions, videos, wordpiece, machine, run)
+    plots.retrieval(*ranking, manifest, model.config.size, run.folder / "retrieval.png",
                     "Zero-shot text-to-video retrieval, joint scoring")
+    _, ranks, names, _ = ranking
     return recalls(ranks) | {"retrieval_clips": len(names)}
 
 

@@ -47,9 +47,9 @@ def query(own):
     names = ["0.npy", "1.npy", "2.npy"]
     for name in names:
         np.save(name, flat_clip())
-    rows, scores = [{"caption": "a query", "video": names[own]}], torch.tensor([[0.0, -1.0, -2.0]])
+    rows, best = [{"caption": "a query", "video": names[own]}], torch.tensor([[[0.0, -1.0]], [[0, 1]]])
     manifest = SimpleNamespace(video_path=lambda row: Path(row["video"]))
-    return rows, torch.tensor([own + 1]), names, scores, manifest, 96
+    return rows, torch.tensor([own + 1]), names, (best[0], best[1].long()), manifest, 96
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ def test_masked_patches_are_framed_by_whether_the_code_is_right():
 # ---- Retrieval and confusion -------------------------------------------------------------------------------
 
 def test_the_true_clip_is_framed_green_and_no_other():
-    found, lost, first = (drawn(plots.retrieval, *query(v), shown=2) for v in (1, 2, 0))
+    found, lost, first = (drawn(plots.retrieval, *query(v)) for v in (1, 2, 0))
     assert count(lost, GREEN) == 0
     clips, frame = np.unique(where(lost, BLUE)[1]), where(found, GREEN)[1]
     assert clips.min() < frame.min() < clips[clips > frame.min()].min() and frame.max() > clips.max()

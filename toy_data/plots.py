@@ -222,21 +222,21 @@ def masked(entries, path, title=""):
     save(path, title, clips and [grid(legend, 3, gap=32), grid(clips, columns, 48, 44)], gap_below=32)
 
 
-def retrieval(rows, ranks, names, scores, manifest, size, path, title="", queries=8, shown=5):
+def retrieval(rows, ranks, names, best, manifest, size, path, title="", queries=8):
     """Queries over the range of ranks, a row each: the caption, its clip's rank, and the clips of the highest
-    scores, its own framed in green. `rows` are the Q queries, `ranks` (Q,) the ranks of their clips, `scores`
-    (Q, V) those of the V videos in `names`."""
+    scores, its own framed in green. `rows` are the Q queries, `ranks` (Q,) the ranks of their clips, `best`
+    the highest scores and their videos' places in `names`, two of (Q, shown)."""
     blocks = []
     for q in ranks.argsort()[np.linspace(0, len(rows) - 1, min(queries, len(rows))).astype(int)].tolist():
         rank = write(f"its clip: rank {ranks[q]}", 300, SMALL, RIGHT if ranks[q] == 1 else FAINT)
         blocks.append(grid([write(rows[q]["caption"], 300, most_lines=6), rank], 1))
-        for score, v in zip(*(x.tolist() for x in scores[q].topk(min(shown, len(names))))):
+        for score, v in zip(*(x[q].tolist() for x in best)):
             video = manifest.video_path({"video": names[v]})
             frames, _ = read_clip(video, lambda count: spans(count, 4), size)
             clip = ImageOps.expand(strip(frames, 108, most=4, columns=2), 4, PAPER)
             clip = ImageOps.expand(clip, 8, RIGHT if names[v] == rows[q]["video"] else PAPER)
             blocks.append(grid([clip, write(f"{score:.2f}", clip.width, SMALL)], 1, gap_below=2))
-    save(path, title, blocks, 1 + min(shown, len(names)), gap=20, gap_below=36)
+    save(path, title, blocks, 1 + best[0].shape[1], gap=20, gap_below=36)
 
 
 def confusion(counts, labels, path, title=""):
