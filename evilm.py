@@ -1668,11 +1668,13 @@ def run_script(main, *user_errors):
         line, status = f"error: {error.filename or 'saving'}: {error.strerror}", 2
         line += "; older files are whole" if full else ""
     except RuntimeError as error:
-        lost = re.search(r"gloo|nccl|peer|connection", str(error), re.IGNORECASE)
-        if not (dist.is_initialized() and lost):
+        worker = "DataLoader worker" in str(error)
+        lost = dist.is_initialized() and re.search(r"gloo|nccl|peer|connection", str(error), re.IGNORECASE)
+        if not (worker or lost):
             raise
         reason = str(error).splitlines()[0].partition(". ")[0]
-        line, status = f"error: another process of this run is gone ({reason})", 1
+        who = "a worker of the loader" if worker else "another process of this run"
+        line, status = f"error: {who} is gone ({reason})", 1
     print(line, file=sys.stderr, flush=True)
     sys.exit(status)
 

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: short runs, a kill and a stop midway, two processes, bad input."""
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -260,6 +261,14 @@ def test_a_run_whose_peer_was_killed_ends_in_one_line(home):
     assert end(second)[0] == -signal.SIGKILL
     status, output = end(first)         # `start` ends it after two minutes, by another status
     assert status == 1 and output.count("error:") == 1 and "Traceback" not in output, output
+
+
+def test_a_run_whose_worker_was_killed_ends_in_one_line(home):
+    def kill_a_worker(run):
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    output = run("pretrain.py", *STAGES["pretrain.py"], "--workers", 2, "--out", "worker", folder=home,
+                 expect=1, hook=after_step(3, kill_a_worker))
+    assert "error: a worker of the loader is gone" in output and output.count("error:") == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_older_checkpoint(home):
