@@ -360,7 +360,7 @@ def finish(model, run, test, questions, tokenizer, make_batch, args, machine):
     model.eval()
     wordpiece, objectives = make_batch.wordpiece, args.objectives
     loader = make_loader(test, in_order(test, EVALUATED), make_batch, args.workers)
-    if questions is None:
+    if questions is None and "vtm" in objectives:
         machine.print("no multiple choice: the folder has no mc_caption_test.jsonl")
     scores = evaluate(model, run, loader, questions, tokenizer, make_batch, machine)
     model.eval()

@@ -175,7 +175,7 @@ def compositions(config, device):
 
 
 def models(args, machine):
-    print("\nforward pass and training step (three objectives, labels given), and the same sizes made of other "
+    print("\nforward pass and training step, three objectives, labels given; the same sizes made of other "
           "layers: their time over ours")
     for preset, (config, clips, repeats) in PRESETS.items():
         models, batch = compositions(config, machine.device), make_batch(config, clips, machine.device)

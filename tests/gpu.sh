@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # What this code does on a GPU, within 15 minutes: tests/gpu.sh [FOLDER] writes FOLDER/gpu.md (runs/gpu),
 # a Markdown table.
-# STEPS=8 shortens the runs; PYTHON names another interpreter.
+# FLAGS="--max-steps 8 --data DIR" adds flags to the runs; PYTHON names another interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/gpu}
 python=${PYTHON:-python}
-short=${STEPS:+--max-steps $STEPS}
+flags=${FLAGS:-}
 mkdir -p "$out"
 
 row() { sed "s/|/,/g; s/^ */| $1 | /; s/\$/ |/" >> "$out/gpu.md"; }
@@ -21,16 +21,16 @@ part() {        # NAME PATTERN COMMAND...: a row for its time and one for each l
 }
 
 gpus=$($python -c 'import torch; print(torch.cuda.device_count())')
-[ "$gpus" -gt 0 ] || { echo "error: PyTorch finds no CUDA device here" >&2; exit 2; }
+[ "${gpus:-0}" -gt 0 ] || { echo "error: PyTorch finds no CUDA device here" >&2; exit 2; }
 name=$($python -c 'import torch; print(torch.cuda.get_device_name())')
 printf '| part | %s |\n|---|---|\n' "$name" > "$out/gpu.md"
 
 part tests '(passed|failed|error)' $python -m pytest -m cuda
 part pretrain '(clips/s, |VTM|MLM|MVM|choice|joint|^error)' \
-    $python pretrain.py --device cuda --tokenizer "$out/tokenizer" --out "$out/pretrain" $short
+    $python pretrain.py --device cuda --tokenizer "$out/tokenizer" --out "$out/pretrain" $flags
 for task in qa "retrieval --scoring fast"; do
     part "${task%% *}" '(clips/s, |test|^error)' \
-        $python finetune.py $task --device cuda --init "$out/pretrain" --out "$out/${task%% *}" $short
+        $python finetune.py $task --device cuda --init "$out/pretrain" --out "$out/${task%% *}" $flags
 done
 part benchmark '^ |GB|GiB|MiB|lines|times' $python tests/benchmark.py --device cuda
 if [ "$gpus" -gt 1 ]; then

@@ -292,7 +292,7 @@ def main():
         while not args.show and (jobs := missing(name)):        # the rates first, then what they decide
             make_all(jobs, args.data)
         show(name)
-        if name in ("table5", "table5-one-rate"):
+        if name == "table5-longer":
             draw_fig6(name, ROOT / "docs/mc.png")
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -255,12 +256,18 @@ def test_a_random_codebook_is_not_overwritten_where_no_warm_up_is_asked_for(home
     assert 0 < moved < 1.1e-3, "AdamW's first step moves a weight by the rate at most, and by its decay"
 
 
-def test_a_run_whose_peer_was_killed_ends_in_one_line(home):
-    first, second = start_two("pretrain.py", *STAGES["pretrain.py"], "--out", "orphan", folder=home,
-                              hook=after_step(3, send(signal.SIGKILL, rank=1)))
-    assert end(second)[0] == -signal.SIGKILL
-    status, output = end(first)         # `start` ends it after two minutes, by another status
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_run_whose_peer_was_killed_ends_in_one_line_and_resumes(home, whole, rank):
+    flags = (*STAGES["pretrain.py"], "--out", f"orphan-{rank}")
+    processes = start_two("pretrain.py", *flags, folder=home, hook=after_step(5, send(signal.SIGKILL, rank)))
+    assert end(processes[rank])[0] == -signal.SIGKILL
+    killed = time.monotonic()
+    status, output = end(processes[1 - rank])       # `start` ends it after two minutes, by another status
     assert status == 1 and output.count("error:") == 1 and "Traceback" not in output, output
+    assert time.monotonic() - killed < 60
+    for process in start_two("pretrain.py", *flags, "--resume", folder=home, hook=train_only):
+        assert end(process)[0] == 0
+    assert_trained_alike(weights(home / "whole"), weights(home / f"orphan-{rank}"))
 
 
 def test_a_run_whose_worker_was_killed_ends_in_one_line(home):
