@@ -25,7 +25,7 @@ gpus=$($python -c 'import torch; print(torch.cuda.device_count())')
 name=$($python -c 'import torch; print(torch.cuda.get_device_name())')
 printf '| part | %s |\n|---|---|\n' "$name" > "$out/gpu.md"
 
-part tests '(passed|failed|error)' $python -m pytest -m cuda
+part tests '^([0-9]+ (passed|failed)|FAILED|ERROR)' $python -m pytest -m cuda
 part pretrain '(clips/s, |VTM|MLM|MVM|choice|joint|^error)' \
     $python pretrain.py --device cuda --tokenizer "$out/tokenizer" --out "$out/pretrain" $flags
 for task in qa "retrieval --scoring fast"; do
