@@ -29,7 +29,7 @@ part tests '^([0-9]+ (passed|failed)|FAILED|ERROR)' $python -m pytest -m cuda
 part pretrain '(clips/s, |VTM|MLM|MVM|choice|joint|^error)' \
     $python pretrain.py --device cuda --tokenizer "$out/tokenizer" --out "$out/pretrain" $flags
 for task in qa "retrieval --scoring fast"; do
-    part "${task%% *}" '(clips/s, |test|^error)' \
+    part "${task%% *}" '(clips/s, |^  |^error)' \
         $python finetune.py $task --device cuda --init "$out/pretrain" --out "$out/${task%% *}" $flags
 done
 part benchmark '^ |GB|GiB|MiB|lines|times' $python tests/benchmark.py --device cuda
