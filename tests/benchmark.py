@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
+import re
 import resource
 import shutil
 import statistics
@@ -69,7 +70,9 @@ def in_own_process(work, *inputs):
 
 
 def peak_memory():
-    """MB that this process has had at most."""
+    """MB that this process has had at most. On Linux ru_maxrss would count the parent's as well."""
+    if Path("/proc/self/status").exists():
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
