@@ -195,7 +195,8 @@ TABLES = {          # seeds, columns, rows; the rows are compared with the first
         FULL, *(Row(name, f"{WITH} --config {change}", "", rates_of=FULL) for name, change in (
             ("20%", "mask_ratio=0.2"), ("60%", "mask_ratio=0.6"), ("single patches", "blocks=False"))))),
     "focal": (5, ("codebook_usage", "codebook_perplexity", "word_recall", "word_recall_macro"), tuple(
-        Row(loss, None, f"--loss {loss} --revive-after 0 --config codes=512") for loss in ("bce", "focal"))),
+        Row(loss, None, f"--loss {loss} --revive-after 0 --config codes=512", paper)
+        for loss, paper in (("bce", "usage 64.2"), ("focal", "usage 92.0")))),
 }
 
 
