@@ -1958,15 +1958,16 @@ def score_retrieval(model, captions, loader, wordpiece, machine, run, shown=5):
     rows = [row for row in captions if row["video"] in place]
     ranks, best = [], []
     for i in range(0, len(rows), 100):                  # 100 captions with a million videos are 400 MB
-        texts = [row["caption"] for row in rows[i:i + 100]]
+        some = rows[i:i + 100]
+        texts, truth = [row["caption"] for row in some], torch.tensor([place[row["video"]] for row in some])
         if fast:
             scores = embed_captions(model, texts, wordpiece, machine) @ video.t()           # (q, V)
         else:
             text, mask = encode_captions(model, texts, wordpiece, machine)
             with machine.autocast():
                 scores = joint_scores(model, video, text, mask)                             # (q, V)
-        truth = torch.tensor([place[row["video"]] for row in rows[i:i + 100]], device=scores.device)
-        ranks.append(rank_of_truth(scores, truth, 1e-6 if fast else 0.0).cpu())     # equal vectors are ties
+        tolerance = 1e-6 if fast else 0.0               # equal vectors, rounded, are ties
+        ranks.append(rank_of_truth(scores, truth.to(scores.device), tolerance).cpu())
         best.append([x.cpu() for x in scores.topk(min(shown, len(place)))])
     return rows, torch.cat(ranks), list(place), [torch.cat(parts) for parts in zip(*best)]
 

@@ -240,14 +240,14 @@ def memory(args, machine):
     model = EViLM(config).to(machine.device)
     a_clip = (kept(3)[0] - kept(2)[0]) / 2**20
     print(f"\nmemory of the paper preset: {a_clip:.0f} MiB a clip in a pre-training step, bf16; so "
-          f"{a_clip * 3300 / 8 / 2 / 1024:.0f} GiB on each of 8 GPUs for 3,300 clips with --accumulate 2")
+          f"{a_clip * 3312 / 8 / 2 / 1024:.0f} GiB on each of 8 GPUs for 3,312 clips with --accumulate 2")
 
 
 # -------------------------------------------------------------------------------------------- clips and lines
 
 
 def write_clips(folder, count=8, frames=16):
-    """The same clips in each format, with a manifest each: {format: Manifest}."""
+    """The same clips in each format, and of each a manifest that names every clip eight times."""
     folder, found = Path(folder), {}
     formats = ["gif", "webp", "jpg", "npy", *["mp4"] * bool(shutil.which("ffmpeg"))]
     generator = np.random.default_rng(0)
@@ -268,7 +268,7 @@ def write_clips(folder, count=8, frames=16):
                             folder / "mp4" / f"{i}.mp4"], check=True)
     for kind in formats:
         lines = [{"video": f"{i}.{kind}", "caption": f"a b {chr(ord('c') + i)}"} for i in range(count)]
-        (folder / kind / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (folder / kind / "train.jsonl").write_text("\n".join(map(json.dumps, 8 * lines)))
         found[kind] = Manifest(folder / kind / "train.jsonl", ("video", "caption"))
     return found
 
@@ -287,12 +287,10 @@ def loader(args, machine):
     with tempfile.TemporaryDirectory() as folder:
         sets = write_clips(folder)
         for kind, manifest in sets.items():
-            batches, rates = iter(batches_of(manifest, config, 8, 5 if kind == "mp4" else 15, 1)), []
+            batches = iter(batches_of(manifest, config, 8, 5 if kind == "mp4" else 15, 1))
             next(batches)                               # the worker has started
-            began, count = time.perf_counter(), 0
-            for count, _ in enumerate(batches, 1):
-                rates.append(8 * count / (time.perf_counter() - began))
-            print(f"  {kind:<5}{rates[-1]:8.0f}")
+            began, count = time.perf_counter(), sum(len(batch["frames"]) for batch in batches)
+            print(f"  {kind:<5}{count / (time.perf_counter() - began):8.0f}")
         if machine.device.type == "cuda":
             waiting(sets["jpg"], machine, args)
     seconds, = median_times(machine.device, lambda: collate(samples))
@@ -305,7 +303,9 @@ def waiting(manifest, machine, args, clips=64, steps=20):
     model, batch = EViLM(config).to(machine.device), make_batch(config, clips, machine.device)
     step = training_step(model, batch, machine)
     in_memory, = median_times(machine.device, step)
-    workers = evilm.set_up(flags := pretrain.parse(["--device", args.device])) and flags.workers
+    flags = pretrain.parse(["--device", args.device])
+    evilm.set_up(flags)                                 # sets the workers of a run
+    workers = flags.workers
     loader, waited = iter(batches_of(manifest, config, clips, steps + 2, workers)), 0.0
     for number in range(steps + 2):
         if number == 2:

@@ -34,7 +34,7 @@ for task in qa "retrieval --scoring fast"; do
 done
 part benchmark '^ |GB|GiB|MiB|lines|times' $python tests/benchmark.py --device cuda
 if [ "$gpus" -gt 1 ]; then
-    part two-processes '(clips/s, |^error)' torchrun --nproc-per-node=2 pretrain.py --device cuda \
-        --max-steps 200 --tokenizer "$out/tokenizer" --out "$out/two"
+    part two-processes '(clips/s, |^error)' $python -m torch.distributed.run --nproc-per-node=2 \
+        pretrain.py --device cuda --max-steps 200 --tokenizer "$out/tokenizer" --out "$out/two"
 fi
 cat "$out/gpu.md"

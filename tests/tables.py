@@ -5,14 +5,15 @@
     python tests/tables.py table5 --show    prints what docs/results.jsonl holds
 
 Each run's last metrics line is kept in docs/results.jsonl under a hash of its script, flags, Config, the
-set's version and the runs that it begins from; what is there is not run again. Runs lie in runs/tables: Ctrl-C
-stops, the same command goes on. Every row of a table has a learning rate of its own, chosen on val with a seed
-that is not reported, over rates that are extended until the best is not at the edge.
+set's version and the runs that it begins from; what is there is not run again. Runs lie in runs/tables:
+Ctrl-C stops, the same command goes on. A row has a learning rate of its own, chosen on val with a seed that
+is not reported, over rates that are extended until the best is not at the edge; two tables have a given rate.
 """
 import argparse
 import hashlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -65,7 +66,8 @@ class Job:
         """What is left to do for its result."""
         if self.result():
             return 0
-        longer = 4 if "--epochs 8" in self.flags else 1
+        epochs = re.search(r"--epochs (\d+)", self.flags)
+        longer = int(epochs[1]) / Config.toy().epochs if epochs else 1
         begins = [job for _, job in self.begins if not (job.folder / "best.pt").exists()]
         return longer * MINUTES[self.script] + sum(MINUTES[job.script] for job in begins)
 
