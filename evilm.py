@@ -40,6 +40,7 @@ import errno
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -1504,9 +1505,9 @@ def shared_flags(parser, out):
     add("--vocab-captions", metavar="FILE", help="captions, one a line, that make or cut the vocabulary")
 
 
-def set_fields(config, changes, **given):
-    """The Config with fields set by --config, a list of "NAME=VALUE", and by `given`; checks the sizes."""
-    for change in changes:
+def configure(config, args, **fields_of_flags):
+    """The Config changed by --config and by the flags that are given, {field: flag}; checks the sizes."""
+    for change in args.config:
         name, _, text = change.partition("=")
         usual = asdict(config).get(name)
         if usual is None or isinstance(usual, str) or name == "vocab_size":
@@ -1522,24 +1523,18 @@ def set_fields(config, changes, **given):
         except (ValueError, TypeError, SyntaxError):
             raise InputError(f"--config {change}: give a value like {name}={usual}") from None
         config = replace(config, **{name: value})
-    config = replace(config, **given)
-    if not changes:
+    given = {name: getattr(args, flag) for name, flag in fields_of_flags.items()}
+    config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    if not args.config:
         return config
     try:
         with torch.device("meta"), torch.no_grad():                 # sizes that no model can have together
             frames = torch.rand(1, config.frames, 3, config.size, config.size)
             EViLM(config).encode_video(frames), SemanticTokenizer(config)(frames)
     except (AssertionError, ValueError, TypeError, IndexError, RuntimeError, ArithmeticError) as error:
-        raise InputError(f"--config {' '.join(changes)}: no model has these sizes "
+        raise InputError(f"--config {' '.join(args.config)}: no model has these sizes "
                          f"({str(error).splitlines()[0]})") from None
     return config
-
-
-def configure(args, **fields_of_flags):
-    """The preset's Config, changed by --config and by the flags that are given: {field: flag}."""
-    given = {name: getattr(args, flag) for name, flag in fields_of_flags.items()}
-    given = {name: value for name, value in given.items() if value is not None}
-    return set_fields(getattr(Config, args.preset)(), args.config, **given)
 
 
 def read_lines(flag, path):
@@ -1620,6 +1615,15 @@ class Machine:
         if self.world_size > 1:
             dist.barrier(self.patient)
 
+    @contextlib.contextmanager
+    def main_process_first(self):
+        """Rank 0 does what is inside before the others do it."""
+        if self.rank > 0:
+            self.barrier()
+        yield
+        if self.rank == 0 and self.world_size > 1:
+            self.barrier()
+
 
 def set_up(args):
     """The Machine for --device and --precision; under torchrun it joins the other processes."""
@@ -1668,6 +1672,9 @@ def run_script(main, *user_errors):
         line, status = f"error: {error.filename or 'saving'}: {error.strerror}", 2
         line += "; older files are whole" if full else ""
     except RuntimeError as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # the loader's handler would raise it again
+        for child in multiprocessing.active_children():     # one may wait for a lock that a dead worker held
+            child.kill()
         worker = "DataLoader worker" in str(error)
         lost = dist.is_initialized() and re.search(r"gloo|nccl|peer|connection", str(error), re.IGNORECASE)
         if not (worker or lost):
@@ -1762,23 +1769,19 @@ def fill(model, checkpoint):
 class Run:
     """A run and its folder: last.pt to go on from, best.pt, metrics.jsonl. Only rank 0 writes.
 
-    `decide` names the flags that decide the result beside Config and --seed; `extra` goes into checkpoints.
+    Begins anew, or with --resume from last.pt. `decide` names the flags that decide the result beside Config
+    and --seed, `sums` are tensors to which each process adds, {name: tensor}; `extra` goes into checkpoints.
     """
 
-    def __init__(self, args, kind, config, vocab, machine, decide=(), **extra):
+    def __init__(self, args, kind, config, vocab, machine, model, optimizer, decide=(), sums=None, **extra):
         self.folder, self.args, self.kind, self.machine = Path(args.out), args, kind, machine
+        self.model, self.optimizer, self.sums = model, optimizer, sums or {}
         settings = {name: getattr(args, name) for name in ("seed", *decide)}
         self.about = {"kind": kind, "config": asdict(config), "vocab": vocab, "settings": settings, **extra}
         self.step, self.best, self.loss, self.signal = 0, -math.inf, None, 0
         self.clips, self.seconds, self.broken = 0, 0.0, set()
-
-    def start(self, model, optimizer, **sums):
-        """Begins anew, or with --resume from last.pt. `sums` are tensors to which each process adds."""
-        self.model, self.optimizer, self.sums = model, optimizer, sums
-        if self.args.resume:
-            self.restore(load(self.folder / "last.pt", self.kind))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask_to_stop)
+        if args.resume:
+            self.restore(load(self.folder / "last.pt", kind))
 
     def ask_to_stop(self, number, _):
         if self.signal:
@@ -1813,6 +1816,8 @@ class Run:
         follow from the step alone; Ctrl-C and SIGTERM end the run after a step, saved."""
         began, machine, steps = time.perf_counter(), self.machine, self.step + len(loader)
         bar = tqdm(loader, initial=self.step, total=steps, unit="step", disable=machine.rank > 0)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask_to_stop)
         for batch in bar:
             self.name_broken(batch.pop("broken"), "replaced")
             torch.manual_seed(self.args.seed * 1_000_003 + self.step * machine.world_size + machine.rank)
@@ -1835,10 +1840,10 @@ class Run:
 
     def optimise(self, loss):
         """A step along the gradients, clipped to norm 1. `loss` is this process's part of the batch's."""
-        if self.step == 0 and self.machine.rank == 0:
-            self.open_folder()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        if self.step == 0 and self.machine.rank == 0:
+            self.open_folder()                                      # a run that never began leaves none
         self.optimizer.zero_grad(set_to_none=True)
         self.loss = loss.detach() + 0 * norm                        # not finite where a gradient is not
         self.step += 1

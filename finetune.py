@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from evilm import (Choice, Config, EViLM, FastRetrieval, InputError, LinearProbe, Parser, Run, WordPiece,
-                   accuracies, at_least, contrastive_loss, embed_captions, encode_clips, fill, freeze, load,
-                   make_optimizer, make_vocabulary, pad, rank_of_truth, recalls, run_script,
-                   score_retrieval, set_fields, set_up, shared_flags, start_centred, vtm_loss, vtm_targets)
-from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, collate, find_clips, in_order,
-                      make_loader, open_split, open_splits, plots, read_clip, render_if_missing, spans)
+                   accuracies, at_least, configure, contrastive_loss, embed_captions, encode_clips, fill,
+                   freeze, load, make_optimizer, make_vocabulary, pad, rank_of_truth, recalls, run_script,
+                   score_retrieval, set_up, shared_flags, start_centred, vtm_loss, vtm_targets)
+from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, collate, find_clips, make_loader,
+                      open_split, open_splits, plots, read_clip, render_if_missing, spans)
 
 # (epochs, peak learning rate, batch size) of each task; --config and the flags change them. The paper gives
 # retrieval's alone (4.4); for the rest it has "task-specific learning rates/epochs" (4.1).
@@ -80,15 +80,16 @@ def parse(argv=None):
 def train(args):
     """Fine-tunes as the flags say, from --init or from where it was; scores best.pt on the test split."""
     machine = set_up(args)
-    if machine.rank == 0:
+    hint = "; python pretrain.py makes one"
+    checkpoint = None if args.init == "none" else load(args.init, "pretrain", "retrieval", hint=hint)
+    with machine.main_process_first():
         render_if_missing(args.data)
-    machine.barrier()
     files = f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files
     if args.zero_shot:
         splits = {"test": open_split(args.data, "test", files, machine.print)}
     else:
         splits = open_splits(args.data, files, machine.print)
-    base, wordpiece = begin(args, splits, machine)
+    base, wordpiece = begin(args, checkpoint, splits, machine)
     config = base.config
     task = TASKS[args.task](args, splits, wordpiece, config, machine)
     if args.init == "none":
@@ -97,13 +98,12 @@ def train(args):
     torch.manual_seed(args.seed)
     model = task.head(base).to(machine.device)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, machine.device)
-    run = Run(args, args.task, config, wordpiece.vocab, machine, ("init", "set", "see", "scoring"),
-              answers=list(task.answers))
+    run = Run(args, args.task, config, wordpiece.vocab, machine, model, optimizer,
+              decide=("init", "set", "see", "scoring"), answers=list(task.answers))
     if args.zero_shot:
         if machine.rank == 0:
             finish(task, model, run, args, machine)
         return machine.barrier()
-    run.start(model, optimizer)
     clips = task.clips(model, machine, run)
     steps = min(args.max_steps or math.inf, config.epochs * max(1, len(clips) // config.batch_size))
     batches = Batches(len(clips), config.batch_size, args.seed, steps, run.step, machine.rank,
@@ -136,18 +136,17 @@ def train(args):
     machine.barrier()
 
 
-def begin(args, splits, machine):
-    """The pre-trained model that --init names, or one from scratch, and its WordPiece. Words that a task adds
+def begin(args, checkpoint, splits, machine):
+    """The pre-trained model of a checkpoint, or one from scratch, and its WordPiece. Words that a task adds
     ("what", "colour") take rows of the embedding that no word used."""
     texts = texts_of(splits["train"]) if "train" in splits else []
-    if args.init == "none":
+    if checkpoint is None:
         if args.zero_shot:
             raise InputError("--zero-shot scores a pre-trained model: name one with --init")
         config = with_settings(getattr(Config, args.preset)(), args)
         wordpiece, config = make_vocabulary(args, config, texts, machine)
         torch.manual_seed(args.seed)
         return EViLM(config).to(machine.device), wordpiece
-    checkpoint = load(args.init, "pretrain", "retrieval", hint="; python pretrain.py makes one")
     if args.vocab or args.vocab_captions:
         raise InputError(f"--vocab and --vocab-captions are for --init none: {args.init} has its vocabulary")
     if checkpoint.get("settings", {}).get("scoring") == "fast":
@@ -178,8 +177,7 @@ def with_settings(config, args):
     settings = dict(zip(names, SETTINGS[args.task][args.preset]))
     if args.task == "mc" and args.preset == "toy":
         settings |= SYNTHETIC_SETS.get(args.set, {})
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return set_fields(replace(config, **settings), args.config, **given)
+    return configure(replace(config, **settings), args, **{name: name for name in names})
 
 
 def name_unknown(wordpiece, texts, machine):
@@ -237,11 +235,11 @@ class Task:
     def samples(self, manifest, train, mismatched=False):
         c = self.config
         return ClipCaptions(manifest, c.frames, c.size, self.args.seed, train, self.args.strict,
-                            train and c.augment, mismatched, c.negatives)
+                            c.augment, mismatched, c.negatives)
 
     def loader(self, manifest, collate):
         clips = self.samples(manifest, train=False)
-        return make_loader(clips, in_order(clips), collate, self.args.workers)
+        return make_loader(clips, collate=collate, workers=self.args.workers)
 
     def clips(self, model, machine, run):
         return self.samples(self.splits["train"], train=True)

@@ -19,12 +19,13 @@ import torch
 from tqdm import tqdm
 
 import train_tokenizer
-from evilm import (EViLM, InputError, Parser, Run, SemanticTokenizer, at_least, block_mask, codebook_usage,
-                   configure, fill, freeze, load, load_published, make_optimizer, make_vocabulary,
-                   mask_frames, mask_words, pretraining_loss, random_mask, read_lines, read_metrics, recalls,
-                   run_script, save, score_choices, score_retrieval, set_up, shared_flags, start_centred)
-from toy_data import (Batches, ClipCaptions, DataError, WholeClips, collate, in_order, make_loader,
-                      open_split, open_splits, plots, render_if_missing)
+from evilm import (Config, EViLM, InputError, Parser, Run, SemanticTokenizer, at_least, block_mask,
+                   codebook_usage, configure, fill, freeze, load, load_published, make_optimizer,
+                   make_vocabulary, mask_frames, mask_words, pretraining_loss, random_mask, read_lines,
+                   read_metrics, recalls, run_script, save, score_choices, score_retrieval, set_up,
+                   shared_flags, start_centred)
+from toy_data import (FIELDS, Batches, ClipCaptions, DataError, Manifest, WholeClips, make_loader,
+                      open_splits, plots, render_if_missing)
 
 OBJECTIVES = ("vtm", "mlm", "mvm")
 EVALUATED = 1000                # clips, captions or questions of a split that one evaluation looks at
@@ -110,18 +111,20 @@ class PretrainBatch:
 def train(args):
     """Pre-trains as the flags say, from scratch or from where it was; scores best.pt on the test split."""
     machine = set_up(args)
-    config = configure(args, epochs="epochs", batch_size="batch_size", lr="lr")
-    if machine.rank == 0:
+    preset = getattr(Config, args.preset)()
+    config = configure(preset, args, epochs="epochs", batch_size="batch_size", lr="lr")
+    with machine.main_process_first():
         render_if_missing(args.data)
-    machine.barrier()
     splits = open_splits(args.data, note=machine.print)
-
-    def clips_of(split, train):
-        return ClipCaptions(splits[split], config.frames, config.size, args.seed, train, args.strict,
-                            augment=train and config.augment, negatives=config.negatives if train else 1)
-
-    clips, val, test = clips_of("train", True), clips_of("val", False), clips_of("test", False)
-    val_questions, test_questions = (open_questions(args, config, split) for split in ("val", "test"))
+    clips, val, test = (ClipCaptions(splits[name], config.frames, config.size, args.seed, name == "train",
+                                     args.strict, config.augment, negatives=config.negatives)
+                        for name in ("train", "val", "test"))
+    questions = {}                      # zero-shot multiple choice, where the folder has some
+    for split, most in (("val", 200), ("test", EVALUATED)):
+        if (path := Path(args.data, f"mc_caption_{split}.jsonl")).exists():
+            some = ClipCaptions(Manifest(path, FIELDS["mc"]), config.frames, config.size, args.seed, False,
+                                mismatched=False)
+            questions[split] = make_loader(some, workers=args.workers, most=most)
     wordpiece, config = make_vocabulary(args, config, (row["caption"] for row in splits["train"]), machine)
     make_batch = PretrainBatch(wordpiece, config, args.objectives, args.seed)
     tokenizer = open_tokenizer(args, config, wordpiece, machine) if "mvm" in args.objectives else None
@@ -130,22 +133,21 @@ def train(args):
     torch.manual_seed(args.seed)
     model = EViLM(config).to(machine.device)
     if not args.resume:
-        start_encoders(model, wordpiece, clips_of("train", False), args, machine)
+        start_encoders(model, wordpiece, splits["train"], args, machine)
     unused = [f"{name}_head" for name in OBJECTIVES if name not in args.objectives]
     freeze(model, *unused, *(["pooler"] if "vtm_head" in unused else []))       # they get no gradient
     optimizer = make_optimizer(model, config.lr, config.weight_decay, machine.device)
-    run = Run(args, "pretrain", config, wordpiece.vocab, machine,
-              decide=("objectives", "tokenizer", "init_video", "init_text"))
     sums = torch.zeros(len(OBJECTIVES), device=machine.device)  # of each loss since the last evaluation
-    run.start(model, optimizer, losses=sums)
+    run = Run(args, "pretrain", config, wordpiece.vocab, machine, model, optimizer,
+              decide=("objectives", "tokenizer", "init_video", "init_text"), sums={"losses": sums})
+    wrapped = machine.wrap(model, args.compile)
 
     steps = min(args.max_steps or math.inf, config.epochs * max(1, len(clips) // config.batch_size))
     batches = Batches(len(clips), config.batch_size, args.seed, steps, run.step, machine.rank,
                       machine.world_size, args.accumulate)
     loader = make_loader(clips, batches, make_batch, args.workers)
-    held_out = make_loader(val, in_order(val, EVALUATED), make_batch, args.workers)
+    held_out = make_loader(val, collate=make_batch, workers=args.workers, most=EVALUATED)
     codes = offline_codes(tokenizer, splits["train"], args, machine) if args.codes == "offline" else None
-    wrapped = machine.wrap(model, args.compile)
     evaluate_every = max(100, math.ceil(steps / 5))             # five times a run
     keep = {max(1, round(fraction * steps)): fraction for fraction in args.keep_at}
     machine.print(f"pre-training on {'+'.join(args.objectives)}: {len(clips):,} clips, {steps:,} steps of "
@@ -173,7 +175,7 @@ def train(args):
             run.check_finite()
             trained = machine.total(sums) / ((run.step - 1) % evaluate_every + 1)
             if machine.rank == 0:
-                scores = evaluate(model, run, held_out, val_questions, tokenizer, make_batch, machine)
+                scores = evaluate(model, run, held_out, questions.get("val"), tokenizer, make_batch, machine)
                 run.evaluated(selection_score(scores), **scores,
                               **{f"loss_{name}": float(x) for name, x in zip(OBJECTIVES, trained) if x})
                 machine.print(f"step {run.step:,}, val: " + ", ".join(
@@ -183,7 +185,7 @@ def train(args):
             run.save_last()
     run.report_speed()
     if machine.rank == 0:
-        finish(model, run, test, test_questions, tokenizer, make_batch, args, machine)
+        finish(model, run, test, questions.get("test"), tokenizer, make_batch, args, machine)
     machine.barrier()
 
 
@@ -220,12 +222,14 @@ def open_tokenizer(args, config, wordpiece, machine):
     return tokenizer.to(machine.device).eval().requires_grad_(False)
 
 
-def start_encoders(model, wordpiece, clips, args, machine):
+def start_encoders(model, wordpiece, manifest, args, machine):
     """Published weights where --init-video and --init-text name them; from scratch, centred norms."""
     if args.init_video != "none":
         machine.print(str(load_published(model.video_encoder, args.init_video)))
     else:
-        batch = next(iter(make_loader(clips, in_order(clips, 64, batch_size=64))))
+        config = model.config
+        clips = ClipCaptions(manifest, config.frames, config.size, args.seed, train=False, mismatched=False)
+        batch = next(iter(make_loader(clips, batch_size=64)))
         frames = batch["frames"].to(machine.device).float() / 255
         start_centred(model.video_encoder, model.normalise(frames).flatten(0, 1))
     if args.init_text:
@@ -255,21 +259,6 @@ def offline_codes(tokenizer, manifest, args, machine):
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
-
-
-def open_questions(args, config, split):
-    """The loader of a folder's multiple-choice questions, 200 of val or 1,000 of test; None without any."""
-    if not Path(args.data, f"mc_caption_{split}.jsonl").exists():
-        return None
-    manifest = open_split(args.data, split, "mc_caption")
-    manifest = manifest.subset(range(min(len(manifest), 200 if split == "val" else EVALUATED)))
-    return scoring_loader(manifest, config, args)
-
-
-def scoring_loader(manifest, config, args):
-    """The clips of a manifest, in order, without mismatched captions."""
-    clips = ClipCaptions(manifest, config.frames, config.size, args.seed, False, mismatched=False)
-    return make_loader(clips, in_order(clips), collate, args.workers)
 
 
 def selection_score(scores):
@@ -359,7 +348,7 @@ def finish(model, run, test, questions, tokenizer, make_batch, args, machine):
     fill(model, load(run.folder, "pretrain"))
     model.eval()
     wordpiece, objectives = make_batch.wordpiece, args.objectives
-    loader = make_loader(test, in_order(test, EVALUATED), make_batch, args.workers)
+    loader = make_loader(test, collate=make_batch, workers=args.workers, most=EVALUATED)
     if questions is None and "vtm" in objectives:
         machine.print("no multiple choice: the folder has no mc_caption_test.jsonl")
     scores = evaluate(model, run, loader, questions, tokenizer, make_batch, machine)
@@ -381,9 +370,11 @@ def zero_shot_retrieval(model, run, manifest, wordpiece, args, machine):
     """Retrieval by joint scoring, without training for it -> its scores; draws retrieval.png."""
     spread = np.linspace(0, len(manifest) - 1, min(EVALUATED, len(manifest))).astype(int)   # of all videos
     captions = manifest.subset(spread)
-    videos = scoring_loader(captions.each_video(), model.config, args)
-    ranking = score_retrieval(model, captions, videos, wordpiece, machine, run)
-    plots.retrieval(*ranking, manifest, model.config.size, run.folder / "retrieval.png",
+    c = model.config
+    videos = ClipCaptions(captions.each_video(), c.frames, c.size, args.seed, train=False, mismatched=False)
+    loader = make_loader(videos, workers=args.workers)
+    ranking = score_retrieval(model, captions, loader, wordpiece, machine, run)
+    plots.retrieval(*ranking, manifest, c.size, run.folder / "retrieval.png",
                     "Zero-shot text-to-video retrieval, joint scoring")
     _, ranks, names, _ = ranking
     return recalls(ranks) | {"retrieval_clips": len(names)}
@@ -454,9 +445,5 @@ def report(s, objectives):
                f"{min(1, 10 / n):.1%}, {(n + 1) / 2:g})")
 
 
-def main():
-    train(parse())
-
-
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(lambda: train(parse()), DataError)

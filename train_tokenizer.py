@@ -13,10 +13,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from evilm import (SPECIAL, InputError, Parser, Run, SemanticTokenizer, at_least, codebook_usage, configure,
-                   fill, load, load_published, make_optimizer, make_vocabulary, run_script, set_up,
-                   shared_flags, start_centred, svq_loss, words_present)
-from toy_data import (Batches, ClipCaptions, DataError, collate, in_order, make_loader, open_splits, plots,
+from evilm import (SPECIAL, Config, InputError, Parser, Run, SemanticTokenizer, at_least, codebook_usage,
+                   configure, fill, load, load_published, make_optimizer, make_vocabulary, run_script,
+                   set_up, shared_flags, start_centred, svq_loss, words_present)
+from toy_data import (Batches, ClipCaptions, DataError, collate, make_loader, open_splits, plots,
                       render_if_missing)
 
 EVALUATED = 1000                # clips of a split that one evaluation looks at
@@ -75,22 +75,20 @@ def tokenizer_loss(args, config, frames, batch, read, code_loss):
 def train(args):
     """Trains a tokenizer as the flags say, from scratch or from where it was, and leaves its pictures."""
     machine = set_up(args)
-    config = configure(args, tokenizer_epochs="epochs", tokenizer_batch_size="batch_size", tokenizer_lr="lr",
-                       tokenizer_target="target", tokenizer_encoder="encoder", word_weight="word_weight",
-                       tokenizer_warm="warm", tokenizer_revive="revive_after")
-    if machine.rank == 0:
+    config = configure(getattr(Config, args.preset)(), args, tokenizer_epochs="epochs",
+                       tokenizer_batch_size="batch_size", tokenizer_lr="lr", tokenizer_target="target",
+                       tokenizer_encoder="encoder", word_weight="word_weight", tokenizer_warm="warm",
+                       tokenizer_revive="revive_after")
+    with machine.main_process_first():
         render_if_missing(args.data)
-    machine.barrier()
     splits = open_splits(args.data, note=machine.print)
     wordpiece, config = make_vocabulary(args, config, (row["caption"] for row in splits["train"]), machine)
     torch.manual_seed(args.seed)
     tokenizer = SemanticTokenizer(config).to(machine.device)
 
-    def clips_of(split, train):
-        return ClipCaptions(splits[split], config.frames, config.size, args.seed, train, args.strict,
-                            augment=train and config.augment, mismatched=False)
-
-    clips, val = clips_of("train", True), clips_of("val", False)
+    clips, val, test = (ClipCaptions(splits[name], config.frames, config.size, args.seed, name == "train",
+                                     args.strict, config.augment, mismatched=False)
+                        for name in ("train", "val", "test"))
     make_batch = TokenizerBatch(wordpiece, config.max_words)
     if args.init_tokenizer and not args.resume:
         machine.print(str(load_published(tokenizer.encoder, args.init_tokenizer)))
@@ -98,21 +96,22 @@ def train(args):
         machine.print("without --init-tokenizer FILE the encoder starts from scratch, and the paper's "
                       "settings let its codebook collapse; --warm 0.4 --revive-after 20 help")
     if tokenizer.sees_neighbours and not args.init_tokenizer and not args.resume:
-        first = next(iter(make_loader(clips_of("train", False), in_order(clips, most=32), make_batch)))
+        middle = ClipCaptions(splits["train"], config.frames, config.size, args.seed, False, mismatched=False)
+        first = next(iter(make_loader(middle, batch_size=32)))
         frames = first["frames"].to(machine.device).float() / 255
         start_centred(tokenizer.encoder, tokenizer.normalise(frames))
     optimizer = make_optimizer(tokenizer, config.tokenizer_lr, config.weight_decay, machine.device)
-    run = Run(args, "tokenizer", config, wordpiece.vocab, machine, decide=("loss", "init_tokenizer"))
     used = torch.zeros(config.codes, device=machine.device)         # codes chosen since the last revival
-    run.start(tokenizer, optimizer, used=used)
+    run = Run(args, "tokenizer", config, wordpiece.vocab, machine, tokenizer, optimizer,
+              decide=("loss", "init_tokenizer"), sums={"used": used})
+    model = machine.wrap(tokenizer, args.compile)
 
     steps_per_epoch = max(1, len(clips) // config.tokenizer_batch_size)
     steps = min(args.max_steps or math.inf, config.tokenizer_epochs * steps_per_epoch)
     batches = Batches(len(clips), config.tokenizer_batch_size, args.seed, steps, run.step, machine.rank,
                       machine.world_size, args.accumulate)
     loader = make_loader(clips, batches, make_batch, args.workers)
-    held_out = make_loader(val, in_order(val, EVALUATED), make_batch, args.workers)
-    model = machine.wrap(tokenizer, args.compile)
+    held_out = make_loader(val, collate=make_batch, workers=args.workers, most=EVALUATED)
     kind = config.tokenizer_target[:-1]
     warm, evaluate_every = round(config.tokenizer_warm * steps), max(100, math.ceil(steps / 10))
     machine.print(f"tokenizer: {len(clips):,} clips, {steps:,} steps of {batches.batch_size}, {machine}")
@@ -149,7 +148,7 @@ def train(args):
             run.save_last()
     run.report_speed()
     if machine.rank == 0:
-        finish(tokenizer, run, clips_of("test", False), make_batch, args, machine)
+        finish(tokenizer, run, test, make_batch, args, machine)
     machine.barrier()
 
 
@@ -227,7 +226,7 @@ def finish(tokenizer, run, clips, make_batch, args, machine):
     """Scores best.pt on the test split, draws the pictures."""
     fill(tokenizer, load(run.folder, "tokenizer"))
     config = tokenizer.config
-    loader = make_loader(clips, in_order(clips, EVALUATED), make_batch, args.workers)
+    loader = make_loader(clips, collate=make_batch, workers=args.workers, most=EVALUATED)
     scores = evaluate(tokenizer, loader, args, machine)
     run.log("test", **scores)
     val = [line for line in run.metrics() if line["split"] == "val"]
@@ -287,9 +286,5 @@ def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8
     plots.codebook(entries, path, f"What the most used codes stand for: {title}")
 
 
-def main():
-    train(parse())
-
-
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(lambda: train(parse()), DataError)

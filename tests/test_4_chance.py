@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from evilm import Config, EViLM, WordPiece
-from toy_data import ClipCaptions, collate, in_order, make_loader, open_splits, render
+from toy_data import ClipCaptions, make_loader, open_splits, render
 
 
 def blind_accuracy(folder, side, steps):
@@ -26,7 +26,7 @@ def blind_accuracy(folder, side, steps):
     frames = {}
     for name in rows if side == "video" else ():
         clips = ClipCaptions(splits[name], config.frames, config.size, 0, train=False, mismatched=False)
-        frames[name] = torch.cat([batch["frames"] for batch in make_loader(clips, in_order(clips), collate)])
+        frames[name] = torch.cat([batch["frames"] for batch in make_loader(clips)])
 
     def logits(name, chosen):
         """(n, 5): of the options' texts where the text is seen, of their places where the video is."""

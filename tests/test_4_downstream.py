@@ -18,7 +18,7 @@ from evilm import (Choice, Config, EViLM, FastRetrieval, InputError, LinearProbe
                    contrastive_loss, recalls, score_choices, score_retrieval)
 from plain import assert_trained_alike
 from test_scripts import end, metrics, same, start_two, weights
-from toy_data import BrokenClip, ClipCaptions, DataError, in_order, make_loader, open_splits, render
+from toy_data import BrokenClip, ClipCaptions, DataError, make_loader, open_splits, render
 
 CPU = Machine(torch.device("cpu"))
 
@@ -228,7 +228,7 @@ def test_zero_shot_scores_the_pretrained_model_by_its_2_way_head(go, home, tmp_p
     model, wordpiece = pretrained(home)
 
     def loader(manifest):
-        return make_loader(some := ClipCaptions(manifest, 2, 64, 0, False, mismatched=False), in_order(some))
+        return make_loader(ClipCaptions(manifest, 2, 64, 0, False, mismatched=False))
     test = open_splits(home / "clips", "mc_caption")["test"]
     found = score_choices(model, loader(test), wordpiece, CPU, mock.Mock())
     last, _ = go("mc", "--zero-shot", pictures=True)

@@ -17,9 +17,8 @@ import torch.multiprocessing as multiprocessing
 
 import pretrain
 import train_tokenizer
-from evilm import (Config, EViLM, InputError, Machine, Run, SemanticTokenizer, WordPiece, fill,
-                   learning_rate, load, make_optimizer, pretraining_loss, run_script, save, set_fields,
-                   set_up)
+from evilm import (Config, EViLM, InputError, Machine, Run, SemanticTokenizer, WordPiece, configure, fill,
+                   learning_rate, load, make_optimizer, pretraining_loss, run_script, save, set_up)
 from toy_data import Batches, ClipCaptions, Manifest, make_loader, render
 
 CPU = Machine(torch.device("cpu"))
@@ -36,7 +35,7 @@ CPU = Machine(torch.device("cpu"))
     ("vocab_size=9", "no such field"), ("preset=paper", "no such field")])
 def test_a_field_that_no_model_can_have_is_refused(change, named):
     with pytest.raises(InputError, match=rf"--config {change}: .*{named}"):
-        set_fields(Config.toy(), [change])
+        configure(Config.toy(), Namespace(config=[change]))
 
 
 @pytest.mark.parametrize("flag, value, named", [
@@ -265,9 +264,9 @@ def test_best_is_chosen_alike_with_mvm_and_without():
 def begin(folder, resume=False):
     """A run of one weight, as the scripts begin it."""
     args = Namespace(out=str(folder), seed=0, resume=resume, save_every=1, strict=False)
-    run, model = Run(args, "pretrain", Config.toy(), ["a"], CPU), torch.nn.Linear(1, 1)
-    run.start(model, make_optimizer(model, 1e-3, 0.0, CPU.device), losses=torch.zeros(2))
-    return run
+    model = torch.nn.Linear(1, 1)
+    optimizer = make_optimizer(model, 1e-3, 0.0, CPU.device)
+    return Run(args, "pretrain", Config.toy(), ["a"], CPU, model, optimizer, sums={"losses": torch.zeros(2)})
 
 
 def step(run):

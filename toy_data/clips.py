@@ -76,107 +76,73 @@ def errors_in_one_line():
 
 
 # Clips ------------------------------------------------------------------------------------------------------
-# Every kind opens to (count, decode): how many frames, and decode(numbers) -> (frames, numbers).
 
-def read_clip(path, choose=None, size=None):
+def read_clip(path, choose=range, size=None):
     """Reads a clip -> (frames, numbers): uint8 RGB (F, H, W, 3), and their F numbers in the source.
 
-    choose(count) lists the wanted frames of `count`, repeats allowed; None takes all. With `size` the frames
-    are resized to (size, size). What is transparent becomes black. Raises BrokenClip, and DataError where
-    the clip needs ffmpeg and there is none.
+    choose(count) lists the wanted frames of `count`, repeats allowed; `range` takes all. With `size` the
+    frames are resized to (size, size). What is transparent becomes black. Raises BrokenClip, and DataError
+    where the clip needs ffmpeg and there is none.
     """
-    with broken_if_it_fails(path):
-        count, decode = open_clip(Path(path), size and (size, size))
-        if not 1 <= count <= MOST_FRAMES:
-            raise BrokenClip(f"{path}: has {count:,} frames; a clip has 1 to {MOST_FRAMES:,}")
-    numbers = list(range(count)) if choose is None else [int(number) for number in choose(count)]
-    with broken_if_it_fails(path):
-        return decode(numbers)
-
-
-@contextlib.contextmanager
-def broken_if_it_fails(path):
-    """Decoders fail on bad bytes with every kind of exception; for the caller all of them mean BrokenClip."""
+    path, size, suffix = Path(path), size and (size, size), Path(path).suffix.lower()
     try:
-        yield
+        if path.is_dir():
+            return read_folder(path, choose, size)
+        if path.stat().st_size == 0:
+            raise BrokenClip(f"{path}: is empty")
+        if suffix in IMAGE_SUFFIXES:
+            return read_image(path, choose, size)
+        return (read_array if suffix == ".npy" else read_video)(path, choose, size)
     except (BrokenClip, DataError):
         raise
     except FileNotFoundError as error:
         raise BrokenClip(f"{path}: there is no such file") from error
-    except Exception as error:
+    except Exception as error:  # decoders fail on bad bytes with every kind of exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BrokenClip(f"{path}: cannot be decoded ({reason})") from error
 
 
-def open_clip(path, size):
-    """The clip at `path` as (count, decode); size is (W, H) or None."""
-    how = opener(path)
-    if how is not open_folder and path.stat().st_size == 0:
-        raise BrokenClip(f"{path}: is empty")
-    return how(path, size)
-
-
-def opener(path):
-    """The function that opens this kind of clip."""
-    if path.is_dir():
-        return open_folder
-    suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return open_image
-    return open_array if suffix == ".npy" else open_video
-
-
-def check_pixels(path, width, height):
+def choose_frames(path, choose, count, width, height):
+    """The frames that `choose` lists; a clip of `count` frames that is empty or enormous is a BrokenClip."""
     if not 1 <= width * height <= MOST_PIXELS:
         raise BrokenClip(f"{path}: has frames of {width}x{height}; a frame has 1 to {MOST_PIXELS:,} pixels")
+    if not 1 <= count <= MOST_FRAMES:
+        raise BrokenClip(f"{path}: has {count:,} frames; a clip has 1 to {MOST_FRAMES:,}")
+    return [int(number) for number in choose(count)]
 
 
 def fit(image, size):
-    """Any Pillow image -> RGB, resized to (W, H) where it is not that size already."""
+    """Any Pillow image -> RGB (H, W, 3), resized to (W, H) where it is not that size already."""
     if image.has_transparency_data:
         over, image = image.convert("RGBA"), Image.new("RGB", image.size)  # black
         image.paste(over, mask=over)
     elif image.mode != "RGB":
         image = image.convert("RGB")
-    return image.resize(size, Image.Resampling.BILINEAR) if size and image.size != size else image
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR) if size and image.size != size else image)
 
 
-def decoder(read, size):
-    """The decode(numbers) of a clip whose frames are read one by one: read(number) -> a Pillow image."""
-
-    def decode(numbers):
-        frames = {number: np.asarray(fit(read(number), size)) for number in sorted(set(numbers))}
-        return np.stack([frames[number] for number in numbers]), numbers
-
-    return decode
-
-
-def open_image(path, size):
+def read_image(path, choose, size):
     """A still or animated GIF, WebP, PNG or JPEG. Frames are decoded in order, up to the last wanted one."""
     content = path.read_bytes()  # at once: Pillow reads a GIF in thousands of small pieces
     image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-    check_pixels(path, *image.size)
     # Pillow opens a GIF or PNG that is cut between two frames and counts it whole; others it refuses.
     ends = {"GIF": content.endswith(b";"), "PNG": b"IEND\xaeB`\x82" in content}
     if not ends.get(image.format, True):
         raise BrokenClip(f"{path}: is truncated")
-
-    def read(number):
-        image.seek(number)
-        return image
-
     animated = image.format in ("GIF", "WEBP", "PNG")  # a JPEG may carry its thumbnail
-    return image.n_frames if animated else 1, decoder(read, size)
+    numbers = choose_frames(path, choose, image.n_frames if animated else 1, *image.size)
+    frames = {}
+    for number in sorted(set(numbers)):
+        image.seek(number)
+        frames[number] = fit(image, size)
+    return np.stack([frames[number] for number in numbers]), numbers
 
 
-def open_folder(path, size):
+def read_folder(path, choose, size):
     """A folder of images, one a frame, in natural order: frame2 before frame10."""
 
     def natural(name):
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-    def read(number):
-        return Image.fromarray(read_clip(path / names[number], lambda count: [0])[0][0])
 
     names = sorted(filter(is_image, os.listdir(path)), key=natural)
     if not names:
@@ -184,44 +150,42 @@ def open_folder(path, size):
     if size is None:  # they take the size of the first
         with Image.open(path / names[0], formats=IMAGE_FORMATS) as first:
             size = first.size
-    check_pixels(path, *size)
-    return len(names), decoder(read, size)
+    numbers = choose_frames(path, choose, len(names), *size)
+    frames = {number: read_clip(path / names[number], lambda count: [0])[0][0] for number in set(numbers)}
+    return np.stack([fit(Image.fromarray(frames[number]), size) for number in numbers]), numbers
 
 
 def is_image(name):
     return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
-def open_array(path, size):
+def read_array(path, choose, size):
     """A .npy of uint8 (frames, H, W, 3), memory-mapped: only the wanted frames are read from disk."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise BrokenClip(f"{path}: is {array.dtype} {array.shape}; a clip is uint8 (frames, H, W, 3)")
-    check_pixels(path, array.shape[2], array.shape[1])
-    return len(array), decoder(lambda number: Image.fromarray(array[number]), size)
+    numbers = choose_frames(path, choose, len(array), array.shape[2], array.shape[1])
+    return np.stack([fit(Image.fromarray(array[number]), size) for number in numbers]), numbers
 
 
-def open_video(path, size):
+def read_video(path, choose, size):
     """Any other file, through the ffmpeg program: packets are counted, then the wanted frames decoded."""
     # A packet of a cut file ends in an error here; in decoding ffmpeg would make up what is missing.
     output, messages = ffmpeg(path, "-progress", "pipe:1", "-xerror", "-c", "copy", "-f", "null", "-")
-    check_pixels(path, *map(int, re.search(r"Video: .*?, (\d+)x(\d+)", messages).groups()))
+    width, height = map(int, re.search(r"Video: .*?, (\d+)x(\d+)", messages).groups())
     count = int(re.findall(rb"frame=\s*(\d+)", output)[-1])
-
-    def decode(numbers):
+    numbers = choose_frames(path, choose, count, width, height)
+    wanted = sorted(set(numbers))
+    frames = video_frames(path, wanted, size)
+    if len(frames) < len(wanted):  # some containers hold packets that are never shown: count the frames
+        output, _ = ffmpeg(path, "-progress", "pipe:1", "-f", "null", "-")
+        last = int(re.findall(rb"frame=\s*(\d+)", output)[-1]) - 1
+        numbers = [min(number, last) for number in numbers]
         wanted = sorted(set(numbers))
         frames = video_frames(path, wanted, size)
-        if len(frames) < len(wanted):  # some containers hold packets that are never shown: count the frames
-            output, _ = ffmpeg(path, "-progress", "pipe:1", "-f", "null", "-")
-            last = int(re.findall(rb"frame=\s*(\d+)", output)[-1]) - 1
-            numbers = [min(number, last) for number in numbers]
-            wanted = sorted(set(numbers))
-            frames = video_frames(path, wanted, size)
-        if len(frames) != len(wanted):
-            raise BrokenClip(f"{path}: only {len(frames)} of {len(wanted)} frames can be decoded")
-        return frames[np.searchsorted(wanted, numbers)], numbers
-
-    return count, decode
+    if len(frames) != len(wanted):
+        raise BrokenClip(f"{path}: only {len(frames)} of {len(wanted)} frames can be decoded")
+    return frames[np.searchsorted(wanted, numbers)], numbers
 
 
 def video_frames(path, wanted, size):
@@ -314,14 +278,12 @@ class Manifest(Sequence):
 
     Opening it checks every line: DataError names the first bad one. What is held is one int64 tensor
     (rows, 2), a row's offset in bytes and a hash of its video's name, in shared memory: a worker gets a
-    handle, however it is started. `rows` restricts the manifest to these rows of the file.
+    handle, however it is started.
     """
 
-    def __init__(self, path, fields, rows=None):
-        self.path, self.fields = Path(path), tuple(fields)
-        self.folder = self.path.parent
-        index = check_lines(self.path, self.fields)
-        self.index = (index if rows is None else index[torch.as_tensor(rows)]).share_memory_()
+    def __init__(self, path, fields):
+        self.path, self.folder, self.fields = Path(path), Path(path).parent, tuple(fields)
+        self.index = check_lines(self.path, self.fields).share_memory_()
 
     def subset(self, rows):
         """A Manifest of these rows (numbers or a mask) of this one; nothing is checked again."""
@@ -433,8 +395,8 @@ def open_splits(folder, task="", note=lambda line: None):
     is cut from train. Neither: 5% each. A lone captions.jsonl is cut 80/10/10. A video's lines stay together.
     `note` is called with a sentence on what was cut from what.
     """
-    folder, fields = Path(folder), FIELDS[task.split("_")[0]]
-    paths = {name: split_path(folder, name, task) for name in ("train", "val", "test")}
+    folder, fields, prefix = Path(folder), FIELDS[task.split("_")[0]], task and f"{task}_"
+    paths = {name: folder / f"{prefix}{name}.jsonl" for name in ("train", "val", "test")}
     train, lone = paths["train"], folder / "captions.jsonl"
     if folder.is_file():
         raise DataError(f"{folder}: is a file; give the folder that holds it: --data {folder.parent}")
@@ -463,13 +425,9 @@ def open_splits(folder, task="", note=lambda line: None):
     return splits
 
 
-def split_path(folder, name, task):
-    return Path(folder) / (f"{task}_{name}.jsonl" if task else f"{name}.jsonl")
-
-
 def open_split(folder, name, task="", note=lambda line: None):
     """One of open_splits' three. A file of its own is opened as it is, whether training has files or not."""
-    path = split_path(folder, name, task)
+    path = Path(folder, f"{task}_{name}.jsonl" if task else f"{name}.jsonl")
     if path.exists():
         return Manifest(path, FIELDS[task.split("_")[0]])
     return open_splits(folder, task, note)[name]
@@ -502,19 +460,20 @@ class ClipCaptions(torch.utils.data.Dataset):
 
     A sample depends on (seed, epoch, index) alone, whichever process makes it. `train` draws random frames;
     otherwise it takes the middle ones, the same in every epoch. A row drawn at random replaces a broken clip;
-    with `strict` it is a DataError, and so are 50 in a row. Of `negatives` mismatched captions (the paper
-    does not say how many) it takes the one that shares most words with the clip's. `augment` crops and
-    resizes at random, all frames alike, and never flips: "left" is a word.
+    with `strict` it is a DataError, and so are 50 in a row. In training, of `negatives` mismatched captions
+    (the paper does not say how many) it takes the one that shares most words with the clip's, and `augment`
+    crops and resizes at random, all frames alike, and never flips: "left" is a word.
     """
 
     def __init__(self, manifest, frames, size, seed, train, strict=False, augment=False, mismatched=True,
                  negatives=1):
         self.manifest, self.frames, self.size, self.seed = manifest, frames, size, seed
-        self.train, self.strict, self.augment = train, strict, augment
-        self.mismatched, self.negatives = mismatched, negatives
+        self.train, self.strict, self.augment = train, strict, train and augment
+        self.mismatched, self.negatives = mismatched, negatives if train else 1
         self.kept, self.room = {}, None  # decoded clips by path, and the bytes left for more
         first = manifest[0]
-        if mismatched and not any(differ(first, other) for other in manifest):
+        if mismatched and all(first["video"] == other["video"] or first["caption"] == other["caption"]
+                              for other in manifest):
             raise self.no_mismatch(first)
 
     def __len__(self):
@@ -537,15 +496,16 @@ class ClipCaptions(torch.utils.data.Dataset):
                 raise DataError(f"{self.manifest.path}: 50 clips in a row are broken, the first: {broken[0]}")
             index = int(generator.integers(len(self)))
         mismatched = self.mismatched_caption(row, generator) if self.mismatched else None
-        return {"frames": channels_first(frames), "numbers": torch.tensor(numbers), "epoch": epoch,
-                "index": index, "row": row, "video": row["video"], "caption": row.get("caption"),
-                "mismatched": mismatched, "broken": broken}
+        return {"frames": torch.from_numpy(frames.transpose(0, 3, 1, 2).copy()),                # (T, 3, H, W)
+                "numbers": torch.tensor(numbers), "epoch": epoch, "index": index, "row": row,
+                "video": row["video"], "caption": row.get("caption"), "mismatched": mismatched,
+                "broken": broken}
 
     def read(self, row, generator):
         """The frames of a row's clip, (T, size, size, 3), and their numbers. Videos that are small when they
         are decoded are decoded once and stay in memory, as long as there is room; images read fast."""
         path, chosen, whole = self.manifest.video_path(row), None, False
-        keep = not self.augment and opener(path) is open_video
+        keep = not (self.augment or path.is_dir() or path.suffix.lower() in {*IMAGE_SUFFIXES, ".npy"})
 
         def choose(count):
             nonlocal chosen, whole
@@ -580,8 +540,9 @@ class ClipCaptions(torch.utils.data.Dataset):
         own, drawn = set(row["caption"].split()), []
         for _ in range(1000):
             other = self.manifest[int(generator.integers(len(self)))]
+            alike = row["video"] == other["video"] or row["caption"] == other["caption"]
             known = "says" in other and "shows" in row
-            if differ(row, other) and not (known and is_true(other["says"], row["shows"])):
+            if not (alike or known and is_true(other["says"], row["shows"])):
                 words = set(other["caption"].split())
                 drawn.append((len(words & own) / len(words | own), other["caption"]))
             if len(drawn) == self.negatives:
@@ -591,16 +552,6 @@ class ClipCaptions(torch.utils.data.Dataset):
     def no_mismatch(self, row):
         return DataError(f"{self.manifest.path}: has no mismatched caption for {row['video']}; a split needs "
                          "two videos with different captions")
-
-
-def differ(row, other):
-    """Whether two rows are of different videos and have different captions."""
-    return row["video"] != other["video"] and row["caption"] != other["caption"]
-
-
-def channels_first(frames):
-    """(F, H, W, 3) -> (F, 3, H, W), contiguous; NumPy copies without starting threads in a worker."""
-    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
 
 
 def random_crop(frames, size, generator):
@@ -636,7 +587,8 @@ class WholeClips(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         try:
-            return channels_first(read_clip(self.manifest.video_path(self.manifest[i]), size=self.size)[0])
+            frames, _ = read_clip(self.manifest.video_path(self.manifest[i]), size=self.size)
+            return torch.from_numpy(frames.transpose(0, 3, 1, 2).copy())
         except BrokenClip:
             return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
 
@@ -671,12 +623,6 @@ class Batches(torch.utils.data.Sampler):
             yield [(epoch, index) for index in keys.tolist()]
 
 
-def in_order(clips, most=None, batch_size=50):
-    """Batches of keys for evaluation: all clips, or the first `most`, once and in order."""
-    keys = [(0, index) for index in range(len(clips))[:most]]
-    return [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-
-
 def collate(samples):
     """Samples of ClipCaptions -> a batch: frames uint8 (B, T, 3, H, W), their rows, whole: bool (B,), False
     where a broken clip was replaced, and a line for each broken clip."""
@@ -688,8 +634,12 @@ def collate(samples):
     }
 
 
-def make_loader(clips, batches, collate=collate, workers=0):
-    """The DataLoader of batches of keys, a list or a sampler. It pins memory where there is a CUDA device."""
+def make_loader(clips, batches=None, collate=collate, workers=0, most=None, batch_size=50):
+    """The DataLoader of `batches`, a list or a sampler of lists of keys; without them, for evaluation, of all
+    clips, or the first `most`, once and in order. It pins memory where there is a CUDA device."""
+    if batches is None:
+        keys = [(0, index) for index in range(len(clips))[:most]]
+        batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
     return torch.utils.data.DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                                        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)
 
