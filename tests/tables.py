@@ -187,6 +187,11 @@ TABLES = {          # seeds, columns, rows; the rows are compared with the first
     "table5-one-rate": (5, ZERO_SHOT, (
         replace(BASE, at=5e-4), replace(FULL, at=5e-4))),
     "table5-longer": (5, (*ZERO_SHOT, "mc_colour", "mc_shape", "mc_motion", "mvm", "mvm_copy"), LONGER),
+    "table5-rates": (1, ZERO_SHOT, tuple(
+        replace(LONGER[0], name=f"VTM+MLM at {rate:g}", at=rate) for rate in (5e-4, 1e-3, 2.5e-4))),
+    "table5-tokenizer": (5, (*ZERO_SHOT, "mvm", "mvm_mode", "distinct"), (
+        *LONGER[::2],
+        replace(LONGER[2], name="VTM+MLM+MVM, tokenizer of 1,000 steps", tokenizer="--epochs 4"))),
     "table5-tasks": (5, tuple(TASKS), (Row("from scratch"), LONGER[0], LONGER[2])),
     "table6-7": (3, ("mc", "r10", "vtm"), (
         Row("VTM+MLM", WITHOUT, None, "QA 37.9"),
@@ -223,7 +228,7 @@ def scores(row, column, seeds):
         return [None] * seeds
     found = [row.job(column, seed).result() for seed in range(1, seeds + 1)]
     name = TASKS[column][1] if column in TASKS else column
-    factor = 1 if column == "codebook_perplexity" else 100
+    factor = 1 if column in ("codebook_perplexity", "distinct") else 100
     return [factor * result["test"][name] if result and name in result["test"] else None for result in found]
 
 
