@@ -1665,23 +1665,23 @@ def run_script(main, *user_errors):
         line, status = "interrupted", 130
     except (InputError, *user_errors) as error:
         line, status = f"error: {error}", 2
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # the loader's handler would raise it again
+        for child in multiprocessing.active_children():     # one may wait for a lock that a dead worker held
+            child.kill()
+        worker = "DataLoader worker" in str(error) or not isinstance(error, RuntimeError)    # died sending
+        lost = dist.is_initialized() and re.search(r"gloo|nccl|peer|connection", str(error), re.IGNORECASE)
+        if not (worker or lost):
+            raise
+        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
+        who = "a worker of the loader" if worker else "another process of this run"
+        line, status = f"error: {who} is gone ({reason})", 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if error.filename is None and not full:
             raise
         line, status = f"error: {error.filename or 'saving'}: {error.strerror}", 2
         line += "; older files are whole" if full else ""
-    except RuntimeError as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # the loader's handler would raise it again
-        for child in multiprocessing.active_children():     # one may wait for a lock that a dead worker held
-            child.kill()
-        worker = "DataLoader worker" in str(error)
-        lost = dist.is_initialized() and re.search(r"gloo|nccl|peer|connection", str(error), re.IGNORECASE)
-        if not (worker or lost):
-            raise
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        who = "a worker of the loader" if worker else "another process of this run"
-        line, status = f"error: {who} is gone ({reason})", 1
     print(line, file=sys.stderr, flush=True)
     sys.exit(status)
 

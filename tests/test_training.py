@@ -69,6 +69,7 @@ def raising(error):
     (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device; older files are whole"),
     (NotADirectoryError(errno.ENOTDIR, "Not a directory", "file/run"), 2, "error: file/run: Not a directory"),
     (RuntimeError("[gloo] Connection closed by peer. It\nis gone"), 1, "error: another process of this run"),
+    (ConnectionResetError(errno.ECONNRESET, "Reset by peer"), 1, "error: a worker of the loader is gone"),
     (KeyboardInterrupt(), 130, "interrupted")])
 def test_run_script_ends_in_one_line_and_its_status(error, status, line, capsys, monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: status == 1)
