@@ -28,9 +28,10 @@ shapes of one clip at every step.
     4.4   fast retrieval                    FastRetrieval, contrastive_loss
     4.5   Table 8                           table8, multiply_adds
 
-Shapes: B clips, T frames, L tokens of a caption, g patches a side, N = T*g*g patches, D the multi-modal
-decoder's width (in 3.1 the paper's D is the encoder's), K words without special tokens (Eq. 6), M codes. A
-`mask` is True for real tokens, False for padding; `masked` is True where something was masked.
+Shapes: B clips, T frames, L tokens of a caption, g patches a side, N = T*g*g patches of a clip (the images in
+EdgeNeXt and ViT, a window's patches in WindowAttention), D the multi-modal decoder's width (in 3.1 the
+paper's D is the encoder's), K words without special tokens (Eq. 6), M codes. A `mask` is True for real
+tokens, False for padding; `masked` is True where something was masked.
 """
 import argparse
 import ast
@@ -202,7 +203,7 @@ class FourierPositions(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """EdgeNeXt's convolutional block: depth-wise convolution, two linear layers a patch. (N, C, H, W)."""
+    """EdgeNeXt's convolutional block: depth-wise convolution, then two linear layers. (N, C, H, W)."""
 
     def __init__(self, dim, kernel, layer_scale):
         super().__init__()
@@ -625,7 +626,7 @@ class EViLM(nn.Module):
             h_masked = h_text[:B][masked_words.nonzero(as_tuple=True)]
             mlm = self.mlm_head(h_masked)[:, :self.config.vocab_size]
         if masked_patches is not None:
-            mvm = self.mvm_head(h_video[:B][masked_patches.nonzero(as_tuple=True)])
+            mvm = self.mvm_head(h_video[:B][masked_patches.nonzero(as_tuple=True)])     # HEAD^V of Eq. (3)
         return vtm, mlm, mvm
 
 
@@ -828,7 +829,7 @@ class VideoSwin(nn.Module):
 
     def forward(self, x):
         # The release's patches are two frames long and its stride is 2: it pools in time, which 4.3 removes.
-        # With a stride of 1 and an empty frame after the last, each frame has patches of its own.
+        # How is ours: with a stride of 1 and an empty frame after the last, each frame has its own patches.
         x = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, 1))                                # (B, 3, T + 1, H, W)
         x = self.patch_embed["norm"](self.patch_embed["proj"](x).movedim(1, -1))       # (B, T, H/4, W/4, dim)
         return self.norm(self.layers(x))
@@ -921,7 +922,7 @@ class SemanticTokenizer(nn.Module):
         D sees all codes of the clip with their time and place, or "left" and "right" would be the same to it.
         """
         words = self.config.vocab_size - len(SPECIAL)
-        return self.head(self.decode(quantized).mean(1))[:, :words]                         # Eq. (5)
+        return self.head(self.decode(quantized).mean(1))[:, :words]             # Eq. (5): HEAD^S, mean of D
 
     def draw_pixels(self, quantized):
         """Each frame from its own codes, as an image's tokenizer does: (B, T, g, g, code_dim) -> frames."""
@@ -1057,8 +1058,8 @@ def freeze(model, *parts):
 class Choice(nn.Module):
     """Question answering and multiple choice (4): a linear head on the pooled h^CLS of video and each text.
 
-    frames (B, T, 3, H, W), ids and mask (B, O, L): O texts a clip -> logits (B, O * outputs). A question has
-    one text and an output an answer; multiple choice has a text an option and one output. Without frames
+    frames (B, T, 3, H, W), ids and mask (B, O, L), O texts per clip -> logits (B, O * outputs). A question
+    has one text and one output per answer; multiple choice one text per option, one output. Without frames
     (None) only the texts are seen: the question-only baseline. The paper does not describe these heads.
     """
 
@@ -1113,7 +1114,7 @@ def contrastive_loss(video, text, scale, names):
     video, text (B, D) unit vectors, names (B,) numbers of the videos: other captions of the same video are
     excluded, neither positives nor negatives.
     """
-    with torch.autocast(video.device.type, enabled=False):          # bf16 logits: 8% off the gradient
+    with torch.autocast(video.device.type, enabled=False):          # in bf16 the gradient is 8% off
         logits = scale * text @ video.t()                                                   # (B, B)
     same = (names[:, None] == names) & ~torch.eye(len(names), dtype=torch.bool, device=names.device)
     logits, truth = logits.masked_fill(same, -math.inf), torch.arange(len(names), device=names.device)
@@ -1506,12 +1507,13 @@ def shared_flags(parser, out):
 
 
 def configure(config, args, **fields_of_flags):
-    """The Config changed by --config and by the flags that are given, {field: flag}; checks the sizes."""
+    """The Config changed by --config, then by the flags that are given, {field: flag}. With --config the
+    sizes are tried on a model without weights."""
     for change in args.config:
         name, _, text = change.partition("=")
         usual = asdict(config).get(name)
         if usual is None or isinstance(usual, str) or name == "vocab_size":
-            raise InputError(f"--config {change}: Config has no such field to be set; evilm.py lists them")
+            raise InputError(f"--config {change}: Config has no such field, or it has a flag of its own")
         least = 0 if isinstance(usual, (bool, float)) or name == "tokenizer_revive" else 1
         try:
             value = float(text) if isinstance(usual, float) else ast.literal_eval(text)
@@ -1567,7 +1569,7 @@ class Machine:
     bf16: bool = False
     rank: int = 0
     world_size: int = 1
-    patient: object = None      # a gloo group that waits a day: for what rank 0 does alone
+    day_group: object = None    # gloo with a timeout of 24 hours, for what rank 0 does alone
 
     def __str__(self):
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -1613,7 +1615,7 @@ class Machine:
     def barrier(self):
         """Waits for what rank 0 does alone, for hours if need be."""
         if self.world_size > 1:
-            dist.barrier(self.patient)
+            dist.barrier(self.day_group)
 
     @contextlib.contextmanager
     def main_process_first(self):
@@ -1621,7 +1623,7 @@ class Machine:
         if self.rank > 0:
             self.barrier()
         yield
-        if self.rank == 0 and self.world_size > 1:
+        if self.rank == 0:
             self.barrier()
 
 
@@ -1642,11 +1644,11 @@ def set_up(args):
         args.workers = 0 if device == "cpu" and cores <= 2 else max(0, cores // local_world_size - 1)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    patient = None
+    day_group = None
     if dist.is_initialized():
-        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=24))
+        day_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=24))
     bf16 = args.precision == "bf16" or args.precision == "auto" and device == "cuda"
-    return Machine(torch.device(device), bf16, rank, world_size, patient)
+    return Machine(torch.device(device), bf16, rank, world_size, day_group)
 
 
 def run_script(main, *user_errors):
@@ -1669,11 +1671,12 @@ def run_script(main, *user_errors):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # the loader's handler would raise it again
         for child in multiprocessing.active_children():     # one may wait for a lock that a dead worker held
             child.kill()
-        worker = "DataLoader worker" in str(error) or not isinstance(error, RuntimeError)    # died sending
+        worker = str(error).startswith("DataLoader worker") or not isinstance(error, RuntimeError)
         lost = dist.is_initialized() and re.search(r"gloo|nccl|peer|connection", str(error), re.IGNORECASE)
-        if not (worker or lost):
+        mistake = str(error).startswith("Caught ")          # of code in a worker: its traceback follows
+        if mistake or not (worker or lost):
             raise
-        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         who = "a worker of the loader" if worker else "another process of this run"
         line, status = f"error: {who} is gone ({reason})", 1
     except OSError as error:
@@ -1774,7 +1777,7 @@ class Run:
     """
 
     def __init__(self, args, kind, config, vocab, machine, model, optimizer, decide=(), sums=None, **extra):
-        self.folder, self.args, self.kind, self.machine = Path(args.out), args, kind, machine
+        self.folder, self.args, self.machine = Path(args.out), args, machine
         self.model, self.optimizer, self.sums = model, optimizer, sums or {}
         settings = {name: getattr(args, name) for name in ("seed", *decide)}
         self.about = {"kind": kind, "config": asdict(config), "vocab": vocab, "settings": settings, **extra}
@@ -1906,7 +1909,7 @@ class Run:
             self.machine.print(f"{self.clips / self.seconds:.0f} clips/s, {memory:.2f} GiB at most")
         if self.machine.world_size > 1:         # rank 0's last lines count what any process found broken
             found = [None] * self.machine.world_size
-            dist.all_gather_object(found, self.broken, group=self.machine.patient)
+            dist.all_gather_object(found, self.broken, group=self.machine.day_group)
             self.broken = set().union(*found)
 
 

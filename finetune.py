@@ -68,6 +68,8 @@ def parse(argv=None):
     add["ask"]("video")
     add["ask"]("question")
     args = parser.parse_args(argv)
+    if args.task in TASKS and args.zero_shot and args.resume:
+        raise InputError("--resume: --zero-shot trains nothing that could go on")
     if args.task == "retrieval" and not args.scoring:
         args.scoring = "joint" if args.zero_shot else "fast"
     if args.out is None:
@@ -93,7 +95,8 @@ def train(args):
     config = base.config
     task = TASKS[args.task](args, splits, wordpiece, config, machine)
     if args.init == "none":
-        frames = next(iter(task.loader(splits["train"], collate)))["frames"].to(machine.device).float() / 255
+        first = make_loader(task.samples(splits["train"], train=False), most=50)
+        frames = next(iter(first))["frames"].to(machine.device).float() / 255
         start_centred(base.video_encoder, base.normalise(frames).flatten(0, 1))
     torch.manual_seed(args.seed)
     model = task.head(base).to(machine.device)
@@ -213,14 +216,14 @@ def finish(task, model, run, args, machine):
 
 class Task:
     """What `train` asks of a task. One of your own is a class like those below and a line in TASKS, at the
-    end of this file, and in SETTINGS; the fields of its files go into `toy_data.clips.FIELDS`.
+    end of this file, and in SETTINGS; an example line of its files goes into `toy_data.clips.EXAMPLES`.
 
     `title` is its name, `files` how its files' names begin, "qa" of qa_train.jsonl, `score` the score on val
     that chooses best.pt, `answers` what the head's outputs stand for, `baselines` {name: score} of chance.
     prepare     refuses what the task cannot use, and sets answers and baselines
     head        puts the module that is trained around an EViLM
     clips       gives the training samples, dataset[(epoch, index)]
-    collate     makes a batch of them: tensors, `frames` among them, and `broken`, a line a broken clip;
+    collate     makes a batch of them: tensors, `frames` among them, and `broken`, one line per broken clip;
                 DataLoader workers get a copy of the task for it, so a task holds neither a model nor a run
     loss        is the mean over a part of a batch
     evaluate    gives {name: score} of a split, integers being counts
@@ -270,7 +273,8 @@ class Choices(Task):
                 "whole": batch["whole"], "broken": batch["broken"]}
 
     def head(self, model):
-        """An output an answer; for options one, which begins as the 2-way head: --zero-shot scores it so."""
+        """One output per answer. Multiple choice has a single output, which starts as the difference of the
+        2-way head's logits; --zero-shot scores that."""
         if self.args.see == "text":
             freeze(model, "video_encoder", "video_proj")
         return Choice(model, len(self.answers) or 1)

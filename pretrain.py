@@ -5,13 +5,13 @@
     torchrun --nproc-per-node=2 pretrain.py             several processes
 
 Trains the tokenizer first where there is none. Leaves in --out: last.pt (go on with --resume), best.pt
-(highest mean val accuracy), metrics.jsonl, curves.png, masked.png, retrieval.png.
+(highest mean of VTM and MLM accuracy on val), metrics.jsonl, curves.png, masked.png, retrieval.png.
 """
 import contextlib
 import math
 import os
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +111,8 @@ class PretrainBatch:
 def train(args):
     """Pre-trains as the flags say, from scratch or from where it was; scores best.pt on the test split."""
     machine = set_up(args)
-    preset = getattr(Config, args.preset)()
-    config = configure(preset, args, epochs="epochs", batch_size="batch_size", lr="lr")
+    config = configure(getattr(Config, args.preset)(), args, epochs="epochs", batch_size="batch_size",
+                       lr="lr")
     with machine.main_process_first():
         render_if_missing(args.data)
     splits = open_splits(args.data, note=machine.print)
@@ -147,7 +147,9 @@ def train(args):
                       machine.world_size, args.accumulate)
     loader = make_loader(clips, batches, make_batch, args.workers)
     held_out = make_loader(val, collate=make_batch, workers=args.workers, most=EVALUATED)
-    codes = offline_codes(tokenizer, splits["train"], args, machine) if args.codes == "offline" else None
+    codes = None
+    if args.codes == "offline":
+        codes = offline_codes(tokenizer, config, splits["train"], args, machine)
     evaluate_every = max(100, math.ceil(steps / 5))             # five times a run
     keep = {max(1, round(fraction * steps)): fraction for fraction in args.keep_at}
     machine.print(f"pre-training on {'+'.join(args.objectives)}: {len(clips):,} clips, {steps:,} steps of "
@@ -156,13 +158,13 @@ def train(args):
         machine.print(f"masking {make_batch.ratio}")
     for batch in run.batches(loader, config.lr, config.warmup):
         counts = dict(zip(OBJECTIVES, machine.total(batch.pop("counts")).tolist()))
-        if codes is not None:
-            batch["labels"] = codes(batch)
+        if codes is not None and (labels := codes(batch)) is not None:
+            batch["labels"] = labels
         total = torch.zeros((), device=machine.device)
         for part in machine.parts(wrapped, batch, args.accumulate):
             part["frames"] = part["frames"].float() / 255
             with machine.autocast():
-                if tokenizer is not None and codes is None:
+                if tokenizer is not None and "labels" not in part:
                     part["labels"] = tokenizer.tokenize(part["frames"])                     # unmasked frames
                 loss, losses = pretraining_loss(wrapped, part, args.objectives, config.mvm_weight, counts)
             (loss * machine.world_size).backward()              # Eq. (8); processes average gradients
@@ -210,15 +212,18 @@ def open_tokenizer(args, config, wordpiece, machine):
         machine.print(f"no tokenizer in {path}: training it first (python train_tokenizer.py)")
         train_tokenizer.train(stage)
     checkpoint = load(path, "tokenizer")
-    for what, theirs, ours in (("preset", checkpoint["config"].preset, config.preset),
-                               ("frame size", checkpoint["config"].size, config.size),
-                               ("vocabulary", checkpoint["vocab"], wordpiece.vocab)):
-        if theirs != ours:
+    theirs = asdict(checkpoint["config"]) | {"vocabulary": checkpoint["vocab"]}
+    ours = asdict(config) | {"vocabulary": wordpiece.vocab}
+    changed = [change.partition("=")[0] for change in args.config]
+    changed = [name for name in changed if name.startswith(("code", "vit_", "swin_", "tokenizer_"))]
+    for what in ("preset", "size", "vocabulary", *changed):
+        if theirs[what] != ours[what]:
             raise InputError(f"--tokenizer {path} was trained with another {what}: train one for this run "
                              "(train_tokenizer.py --out DIR) and name it, or --tokenizer none")
     machine.print(f"tokenizer: {checkpoint['path']}, of {checkpoint['step']:,} steps")
     tokenizer = SemanticTokenizer(checkpoint["config"])
     fill(tokenizer, checkpoint)
+    del tokenizer.expand, tokenizer.decoder, tokenizer.head     # "only the encoder and the VQ module" (3.3)
     return tokenizer.to(machine.device).eval().requires_grad_(False)
 
 
@@ -229,7 +234,7 @@ def start_encoders(model, wordpiece, manifest, args, machine):
     else:
         config = model.config
         clips = ClipCaptions(manifest, config.frames, config.size, args.seed, train=False, mismatched=False)
-        batch = next(iter(make_loader(clips, batch_size=64)))
+        batch = next(iter(make_loader(clips, most=64, batch_size=64)))
         frames = batch["frames"].to(machine.device).float() / 255
         start_centred(model.video_encoder, model.normalise(frames).flatten(0, 1))
     if args.init_text:
@@ -238,9 +243,10 @@ def start_encoders(model, wordpiece, manifest, args, machine):
 
 
 @torch.no_grad()
-def offline_codes(tokenizer, manifest, args, machine):
-    """Off-the-shelf labels (3.3): the codes of all frames, computed once -> a function: batch -> labels."""
-    if tokenizer is None or tokenizer.config.augment or tokenizer.sees_neighbours:
+def offline_codes(tokenizer, config, manifest, args, machine):
+    """Off-the-shelf labels (3.3): the codes of all frames, computed once -> a function: batch -> labels, or
+    None where a clip of the batch cannot be read as a whole."""
+    if tokenizer is None or config.augment or tokenizer.sees_neighbours:
         raise InputError("--codes offline: needs MVM, frames without augmentation, and a tokenizer that sees "
                          "one frame at a time; use --codes online")
     videos = manifest.each_video()
@@ -248,14 +254,19 @@ def offline_codes(tokenizer, manifest, args, machine):
                          args.workers)
     codes = {}                                                              # of each video: (frames, g, g)
     for video, (frames,) in zip(tqdm(videos.videos.tolist(), "labels", disable=machine.rank > 0), loader):
-        if len(frames):                                                     # a broken clip is replaced
+        if len(frames):                                                     # none of a broken clip
             with machine.autocast():
                 parts = [tokenizer.tokenize(some.to(machine.device)[None].float() / 255)[0].int().cpu()
                          for some in frames.split(256)]
             codes[video] = torch.cat(parts)
     names = manifest.videos.tolist()
-    return lambda batch: torch.stack([codes[names[i]][numbers] for i, numbers in zip(
-        batch["index"].tolist(), batch["numbers"])]).long()
+
+    def labels_of(batch):
+        videos = [names[i] for i in batch["index"].tolist()]
+        if all(video in codes for video in videos):
+            return torch.stack([codes[video][n] for video, n in zip(videos, batch["numbers"])]).long()
+
+    return labels_of
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -283,6 +294,7 @@ def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
     codes = torch.zeros(model.config.codes)
     content = torch.tensor([word not in FUNCTION_WORDS for word in wordpiece.vocab], device=machine.device)
     for batch in loader:
+        run.name_broken(batch["broken"], "replaced")
         batch = {name: value.to(machine.device) for name, value in batch.items() if torch.is_tensor(value)}
         frames, mask = batch["frames"].float() / 255, batch["mask"]
         with machine.autocast():
@@ -358,12 +370,13 @@ def finish(model, run, test, questions, tokenizer, make_batch, args, machine):
     if "vtm" in objectives:
         scores |= zero_shot_retrieval(model, run, test.manifest, wordpiece, args, machine)
     run.log("test", **scores)
-    draw_curves(run, objectives, run.folder / "curves.png")
-    print("\n".join(report(scores, objectives)))
+    chance = 1 / len(questions.dataset.manifest[0]["options"]) if questions else None
+    draw_curves(run, objectives, chance, run.folder / "curves.png")
+    print("\n".join(report(scores, objectives, chance)))
     print(f"look at {', '.join(sorted(path.name for path in run.folder.glob('*.png')))} in {run.folder}; "
           f"broken clips: {len(run.broken)}")
     if "mvm" in objectives:
-        print("next: python pretrain.py --objectives vtm,mlm --lr 5e-4 --out runs/without-mvm   (Table 5)")
+        print("next: the same command with --objectives vtm,mlm --out runs/without-mvm   (Table 5)")
 
 
 def zero_shot_retrieval(model, run, manifest, wordpiece, args, machine):
@@ -397,9 +410,9 @@ def draw_masked(model, clips, make_batch, tokenizer, machine, path):
                  path, "Masked video modeling: predicted codes of masked patches")
 
 
-def draw_curves(run, objectives, path):
+def draw_curves(run, objectives, chance, path):
     """curves.png: accuracies on val over the steps, beside their baselines, and the training losses;
-    multiple choice also of the finished runs in the folders beside this one."""
+    multiple choice, of that `chance`, also of the finished runs in the folders beside this one."""
     val = [line for line in run.metrics() if line["split"] == "val"]
     baselines = {"vtm": {"chance": 0.5}, "mlm": {}, "mvm": {}}
     for key in ("mlm_majority", "mlm_other", "mvm_majority", "mvm_mode", "mvm_copy"):
@@ -414,12 +427,12 @@ def draw_curves(run, objectives, path):
             if "mc" in lines[0] and lines[-1]["split"] == "test":
                 choices[file.parent.name] = [(line["step"], line["mc"]) for line in lines[:-1]]
     if choices:
-        panels.append(("multiple choice, val", choices, {"chance": 0.2}, True))
+        panels.append(("multiple choice, val", choices, {"chance": chance} if chance else {}, True))
     losses = {name: [(line["step"], line[f"loss_{name}"]) for line in val] for name in objectives}
     plots.curves([*panels, ("losses, training", losses, {}, False)], path, "Pre-training (3.4)")
 
 
-def report(s, objectives):
+def report(s, objectives, chance):
     """The lines that say what was learned, each against chance or a baseline."""
     yield "on the test split, zero-shot; in brackets what chance or a baseline gets"
     if "vtm" in objectives:
@@ -437,7 +450,7 @@ def report(s, objectives):
                f"{s['codebook_perplexity']:.1f}, {s['distinct']:.1f} codes a frame")
     if "mc" in s:
         parts = ", ".join(f"{name[3:]} {value:.0%}" for name, value in s.items() if name.startswith("mc_"))
-        yield f"  multiple choice      {s['mc']:6.1%}   (chance 20%); {parts}"
+        yield f"  multiple choice      {s['mc']:6.1%}   (chance {chance:.0%}); {parts}"
     if "r1" in s:
         n = s["retrieval_clips"]
         yield (f"  text-to-video, joint R@1 {s['r1']:.1%}  R@5 {s['r5']:.1%}  R@10 {s['r10']:.1%}  median "

@@ -20,7 +20,7 @@ from toy_data import (Batches, ClipCaptions, DataError, collate, make_loader, op
                       render_if_missing)
 
 EVALUATED = 1000                # clips of a split that one evaluation looks at
-BESIDE = {"word": "word_recall", "pixel": "pixel_mean_colour"}      # what metrics.jsonl has beside the loss
+METRICS = {"words": ("word_loss", "word_recall"), "pixels": ("pixel_loss", "pixel_mean_colour")}
 
 
 def parse(argv=None):
@@ -97,7 +97,7 @@ def train(args):
                       "settings let its codebook collapse; --warm 0.4 --revive-after 20 help")
     if tokenizer.sees_neighbours and not args.init_tokenizer and not args.resume:
         middle = ClipCaptions(splits["train"], config.frames, config.size, args.seed, False, mismatched=False)
-        first = next(iter(make_loader(middle, batch_size=32)))
+        first = next(iter(make_loader(middle, most=32, batch_size=32)))
         frames = first["frames"].to(machine.device).float() / 255
         start_centred(tokenizer.encoder, tokenizer.normalise(frames))
     optimizer = make_optimizer(tokenizer, config.tokenizer_lr, config.weight_decay, machine.device)
@@ -112,13 +112,14 @@ def train(args):
                       machine.world_size, args.accumulate)
     loader = make_loader(clips, batches, make_batch, args.workers)
     held_out = make_loader(val, collate=make_batch, workers=args.workers, most=EVALUATED)
-    kind = config.tokenizer_target[:-1]
+    loss_name, _ = METRICS[config.tokenizer_target]
     warm, evaluate_every = round(config.tokenizer_warm * steps), max(100, math.ceil(steps / 10))
     machine.print(f"tokenizer: {len(clips):,} clips, {steps:,} steps of {batches.batch_size}, {machine}")
     for batch in run.batches(loader, config.tokenizer_lr, config.warmup):
         if run.step == warm > 0:
             vectors = embed(tokenizer, model, batch, args, machine)
             tokenizer.quantizer.move_codes(used >= 0, vectors, step_generator(args, run))
+            # `used` still has the warm-up's hits, so the first revival moves fewer codes.
         total = torch.zeros((), device=machine.device)
         for part in machine.parts(model, batch, args.accumulate):
             frames = part["frames"].float() / 255
@@ -140,8 +141,8 @@ def train(args):
         if run.step % evaluate_every == 0 or run.step == steps:
             run.check_finite()
             if machine.rank == 0:
-                scores = evaluate(tokenizer, held_out, args, machine)
-                run.evaluated(-math.inf if run.step < warm else -scores[f"{kind}_loss"], **scores,
+                scores = evaluate(tokenizer, held_out, run, args, machine)
+                run.evaluated(-math.inf if run.step < warm else -scores[loss_name], **scores,
                               **gradients_at_encoder(tokenizer, part, args))
                 machine.print(f"step {run.step:,}, val: {report(config, scores)}")
             machine.barrier()
@@ -166,7 +167,7 @@ def step_generator(args, run):
 
 
 @torch.no_grad()
-def evaluate(tokenizer, loader, args, machine):
+def evaluate(tokenizer, loader, run, args, machine):
     """On held-out clips: the loss, what stands beside it, and how much of the codebook is in use.
 
     Beside the words' loss: their recall, of a caption's k words those among the k that score highest; beside
@@ -176,6 +177,7 @@ def evaluate(tokenizer, loader, args, machine):
     config, n = tokenizer.config, 0
     sums, beside, counts = torch.zeros(2), 0.0, torch.zeros(config.codes)
     for batch in loader:
+        run.name_broken(batch["broken"], "replaced")
         frames = batch["frames"].to(machine.device).float() / 255
         batch = {name: batch[name].to(machine.device) for name in ("ids", "mask")}
         with machine.autocast():
@@ -193,9 +195,9 @@ def evaluate(tokenizer, loader, args, machine):
             found = (ranks < words.sum(1, keepdim=True)) * words
             beside = beside + torch.stack([found.sum(0), words.sum(0)]).cpu()               # (2, K)
     tokenizer.train()
-    (part, whole), kind = beside, config.tokenizer_target[:-1]
-    scores = {f"{kind}_loss": float(sums[0] / n), "code_loss": float(sums[1] / n),
-              BESIDE[kind]: float(part.sum() / whole.sum()), **codebook_usage(counts)}
+    (part, whole), (loss_name, beside_it) = beside, METRICS[config.tokenizer_target]
+    scores = {loss_name: float(sums[0] / n), "code_loss": float(sums[1] / n),
+              beside_it: float(part.sum() / whole.sum()), **codebook_usage(counts)}
     if config.tokenizer_target == "words":      # each word counts the same, the rare ones as the common
         scores["word_recall_macro"] = float((part / whole)[whole > 0].mean())
     return scores
@@ -209,7 +211,8 @@ def gradients_at_encoder(tokenizer, batch, args):
     loss, _ = tokenizer_loss(args, config, frames, batch, tokenizer.reconstruct(quantized), 0.0)
     norms = [float(torch.autograd.grad(term, embedded, retain_graph=True)[0].norm())
              for term in (loss, code_loss)]
-    return {f"{config.tokenizer_target[:-1]}_gradient": norms[0], "code_gradient": norms[1]}
+    first_term = "word_gradient" if config.tokenizer_target == "words" else "pixel_gradient"
+    return {first_term: norms[0], "code_gradient": norms[1]}
 
 
 def report(config, scores):
@@ -227,15 +230,15 @@ def finish(tokenizer, run, clips, make_batch, args, machine):
     fill(tokenizer, load(run.folder, "tokenizer"))
     config = tokenizer.config
     loader = make_loader(clips, collate=make_batch, workers=args.workers, most=EVALUATED)
-    scores = evaluate(tokenizer, loader, args, machine)
+    scores = evaluate(tokenizer, loader, run, args, machine)
     run.log("test", **scores)
     val = [line for line in run.metrics() if line["split"] == "val"]
 
     def series(name):
         return [(line["step"], line[name]) for line in val]
 
-    kind = config.tokenizer_target[:-1]
-    losses = {config.tokenizer_target: series(f"{kind}_loss"), "codes": series("code_loss")}
+    loss_name, _ = METRICS[config.tokenizer_target]
+    losses = {config.tokenizer_target: series(loss_name), "codes": series("code_loss")}
     panels = [("codes in use, val", {"usage": series("codebook_usage")}, {}, True),
               ("losses, val", losses, {}, False)]
     if config.tokenizer_target == "words":

@@ -176,9 +176,13 @@ def test_each_kind_trains_resumes_and_labels_pretraining(home, run, monkeypatch,
         with pytest.raises(InputError, match="--codes offline.*one frame at a time"):
             run(pretrain, f"{flags} --codes offline")
     else:
-        run(pretrain, f"{flags} --codes offline")
-        offline = load(f"p-{whole}/last.pt", "pretrain")["model"]
-        assert all(torch.equal(online[name], offline[name]) for name in online)
+        read = pretrain.WholeClips.__getitem__
+        for broken in (0, 3):       # of some clips only the frames that a step takes can be read
+            monkeypatch.setattr(pretrain.WholeClips, "__getitem__",
+                                lambda clips, i: read(clips, i)[:0 if i < broken else None])
+            run(pretrain, f"{flags} --codes offline")
+            offline = load(f"p-{whole}/last.pt", "pretrain")["model"]
+            assert all(torch.equal(online[name], offline[name]) for name in online)
 
 
 @pytest.mark.parametrize("flags, named", [

@@ -372,7 +372,8 @@ def test_a_task_refuses_what_it_cannot_use(go, whole, home):
                          (f"qa --init {fast}", "trained for fast retrieval"),
                          ("probe --accumulate 2", "--accumulate"), ("probe --batch-size 1", "--batch-size"),
                          ("retrieval --accumulate 2", "--accumulate"),
-                         ("mc --zero-shot --init none", "--zero-shot")):
+                         ("mc --zero-shot --init none", "--zero-shot"),
+                         ("mc --zero-shot --resume", "--resume")):
         with pytest.raises(InputError, match=named):
             go(*flags.split(), "--out", "out/refused")
     with pytest.raises(InputError, match="without any video"):

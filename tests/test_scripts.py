@@ -158,7 +158,7 @@ def test_short_runs_leave_what_the_readme_says(home, whole):
         assert last["split"] == "test" and 0 < last["codebook_usage"] <= 1 <= last["codebook_perplexity"]
     assert last["median_rank"] >= 1 and all(0 <= last[name] <= 1 for name in (
         "vtm mlm mlm_majority mlm_other mvm mvm_majority mvm_mode mvm_copy mc r1 r5 r10".split()))
-    for line in ("masking 2 of 4 patches a frame (50%)", "chance 50%", "next: python"):
+    for line in ("masking 2 of 4 patches a frame (50%)", "chance 50%", "next: the same command"):
         assert line in whole
 
 
@@ -317,6 +317,8 @@ BAD = {     # the command, and what the line names
     "pretrain.py --vocab nowhere.txt": "nowhere.txt", "pretrain.py --vocab specials.txt": "no word",
     "pretrain.py --config mask_ratio=0.1": "masks 0 of 4 patches a frame",
     "pretrain.py --config mask_ratio=0.9": "masks 4 of 4 patches a frame",
+    "pretrain.py --config codes=128": "another codes",
+    "pretrain.py --codes offline --config augment=True": "frames without augmentation",
     "pretrain.py --accumulate 3": "16 clips cannot be divided",
     "pretrain.py --init-video nowhere.pth": "nowhere.pth",
     "pretrain.py --init-text clips/train.jsonl": "--vocab",

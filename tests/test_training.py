@@ -80,7 +80,8 @@ def test_run_script_ends_in_one_line_and_its_status(error, status, line, capsys,
 
 
 def test_run_script_hides_no_mistake_of_ours():
-    for error in (ValueError("ours"), RuntimeError("gloo, alone"), UserError("not listed")):
+    in_worker = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback")
+    for error in (ValueError("ours"), RuntimeError("gloo, alone"), UserError("not listed"), in_worker):
         with pytest.raises(type(error)):
             run_script(raising(error))
 
@@ -296,7 +297,7 @@ def test_curves_show_multiple_choice_of_all_runs_beside_that_have_ended(tmp_path
             run.log(split, vtm=0.5, mc=len(name) / 10, loss_vtm=1)
     drawn = []
     monkeypatch.setattr(pretrain.plots, "curves", lambda panels, *_: drawn.extend(panels))
-    pretrain.draw_curves(run, ["vtm"], tmp_path / "a/curves.png")
+    pretrain.draw_curves(run, ["vtm"], 0.2, tmp_path / "a/curves.png")
     assert [lines for title, lines, *_ in drawn if title == "multiple choice, val"] == [
         {"a": [(1, 0.1)], "ended": [(1, 0.5)]}]
 

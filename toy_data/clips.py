@@ -81,8 +81,8 @@ def read_clip(path, choose=range, size=None):
     """Reads a clip -> (frames, numbers): uint8 RGB (F, H, W, 3), and their F numbers in the source.
 
     choose(count) lists the wanted frames of `count`, repeats allowed; `range` takes all. With `size` the
-    frames are resized to (size, size). What is transparent becomes black. Raises BrokenClip, and DataError
-    where the clip needs ffmpeg and there is none.
+    frames are resized to (size, size). What is transparent becomes black. Raises BrokenClip, also for what
+    `choose` raises, and DataError where the clip needs ffmpeg and there is none.
     """
     path, size, suffix = Path(path), size and (size, size), Path(path).suffix.lower()
     try:
@@ -151,8 +151,11 @@ def read_folder(path, choose, size):
         with Image.open(path / names[0], formats=IMAGE_FORMATS) as first:
             size = first.size
     numbers = choose_frames(path, choose, len(names), *size)
-    frames = {number: read_clip(path / names[number], lambda count: [0])[0][0] for number in set(numbers)}
-    return np.stack([fit(Image.fromarray(frames[number]), size) for number in numbers]), numbers
+    frames = {}
+    for number in set(numbers):
+        frame, _ = read_clip(path / names[number], lambda count: [0])
+        frames[number] = fit(Image.fromarray(frame[0]), size)
+    return np.stack([frames[number] for number in numbers]), numbers
 
 
 def is_image(name):
@@ -161,11 +164,11 @@ def is_image(name):
 
 def read_array(path, choose, size):
     """A .npy of uint8 (frames, H, W, 3), memory-mapped: only the wanted frames are read from disk."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-        raise BrokenClip(f"{path}: is {array.dtype} {array.shape}; a clip is uint8 (frames, H, W, 3)")
-    numbers = choose_frames(path, choose, len(array), array.shape[2], array.shape[1])
-    return np.stack([fit(Image.fromarray(array[number]), size) for number in numbers]), numbers
+    frames = np.load(path, mmap_mode="r", allow_pickle=False)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+        raise BrokenClip(f"{path}: is {frames.dtype} {frames.shape}; a clip is uint8 (frames, H, W, 3)")
+    numbers = choose_frames(path, choose, len(frames), frames.shape[2], frames.shape[1])
+    return np.stack([fit(Image.fromarray(frames[number]), size) for number in numbers]), numbers
 
 
 def read_video(path, choose, size):
@@ -427,7 +430,7 @@ def open_splits(folder, task="", note=lambda line: None):
 
 def open_split(folder, name, task="", note=lambda line: None):
     """One of open_splits' three. A file of its own is opened as it is, whether training has files or not."""
-    path = Path(folder, f"{task}_{name}.jsonl" if task else f"{name}.jsonl")
+    path = Path(folder, (task and f"{task}_") + f"{name}.jsonl")
     if path.exists():
         return Manifest(path, FIELDS[task.split("_")[0]])
     return open_splits(folder, task, note)[name]
@@ -635,8 +638,8 @@ def collate(samples):
 
 
 def make_loader(clips, batches=None, collate=collate, workers=0, most=None, batch_size=50):
-    """The DataLoader of `batches`, a list or a sampler of lists of keys; without them, for evaluation, of all
-    clips, or the first `most`, once and in order. It pins memory where there is a CUDA device."""
+    """A DataLoader. `batches` is a list, or a sampler, of each batch's keys; without it every clip, or the
+    first `most`, is read once and in order, for evaluation. Memory is pinned where there is a CUDA device."""
     if batches is None:
         keys = [(0, index) for index in range(len(clips))[:most]]
         batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
