@@ -267,8 +267,10 @@ def show(name):
 def draw_fig6(name, path):
     """The README's first picture: multiple choice on val during pre-training, of the seeds that are there."""
     seeds, _, rows = TABLES[name]
-    there = [seed for seed in range(1, seeds + 1)
-             if all(row.rate() and row.job("mc", seed).result() for row in rows)]
+    ended = {row: [seed for seed in range(1, seeds + 1) if row.rate() and row.job("mc", seed).result()]
+             for row in rows}
+    rows = [row for row in rows if ended[row]]
+    there = [seed for seed in range(1, seeds + 1) if all(seed in ended[row] for row in rows)]
     panels = []
     for some in [there, *([seed] for seed in there)] if there else []:
         lines = {}
