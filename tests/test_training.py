@@ -302,6 +302,10 @@ def test_curves_show_multiple_choice_of_all_runs_beside_that_have_ended(tmp_path
         {"a": [(1, 0.1)], "ended": [(1, 0.5)]}]
 
 
+def test_the_report_says_the_chance_of_the_questions_own_number_of_options():
+    assert "(chance 25%); colour 50%" in "".join(pretrain.report({"mc": 0.4, "mc_colour": 0.5}, [], 0.25))
+
+
 @pytest.mark.parametrize("damage", [{"optimizer"}, {"sums"}, {"best"}, {"optimizer": 5}, {"sums": "text"}])
 def test_a_damaged_last_checkpoint_is_refused_by_name(tmp_path, damage):
     run = begin(tmp_path)
