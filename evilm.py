@@ -1617,15 +1617,6 @@ class Machine:
         if self.world_size > 1:
             dist.barrier(self.day_group)
 
-    @contextlib.contextmanager
-    def main_process_first(self):
-        """Rank 0 does what is inside before the others do it."""
-        if self.rank > 0:
-            self.barrier()
-        yield
-        if self.rank == 0:
-            self.barrier()
-
 
 def set_up(args):
     """The Machine for --device and --precision; under torchrun it joins the other processes."""

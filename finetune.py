@@ -84,8 +84,9 @@ def train(args):
     machine = set_up(args)
     hint = "; python pretrain.py makes one"
     checkpoint = None if args.init == "none" else load(args.init, "pretrain", "retrieval", hint=hint)
-    with machine.main_process_first():
+    if machine.rank == 0:
         render_if_missing(args.data)
+    machine.barrier()
     files = f"mc_{args.set}" if args.task == "mc" else TASKS[args.task].files
     if args.zero_shot:
         splits = {"test": open_split(args.data, "test", files, machine.print)}

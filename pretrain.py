@@ -24,8 +24,8 @@ from evilm import (Config, EViLM, InputError, Parser, Run, SemanticTokenizer, at
                    make_vocabulary, mask_frames, mask_words, pretraining_loss, random_mask, read_lines,
                    read_metrics, recalls, run_script, save, score_choices, score_retrieval, set_up,
                    shared_flags, start_centred)
-from toy_data import (FIELDS, Batches, ClipCaptions, DataError, Manifest, WholeClips, make_loader,
-                      open_splits, plots, render_if_missing)
+from toy_data import (Batches, ClipCaptions, DataError, WholeClips, make_loader, open_split, open_splits,
+                      plots, render_if_missing)
 
 OBJECTIVES = ("vtm", "mlm", "mvm")
 EVALUATED = 1000                # clips, captions or questions of a split that one evaluation looks at
@@ -113,17 +113,18 @@ def train(args):
     machine = set_up(args)
     config = configure(getattr(Config, args.preset)(), args, epochs="epochs", batch_size="batch_size",
                        lr="lr")
-    with machine.main_process_first():
+    if machine.rank == 0:
         render_if_missing(args.data)
+    machine.barrier()
     splits = open_splits(args.data, note=machine.print)
     clips, val, test = (ClipCaptions(splits[name], config.frames, config.size, args.seed, name == "train",
                                      args.strict, config.augment, negatives=config.negatives)
                         for name in ("train", "val", "test"))
     questions = {}                      # zero-shot multiple choice, where the folder has some
     for split, most in (("val", 200), ("test", EVALUATED)):
-        if (path := Path(args.data, f"mc_caption_{split}.jsonl")).exists():
-            some = ClipCaptions(Manifest(path, FIELDS["mc"]), config.frames, config.size, args.seed, False,
-                                mismatched=False)
+        if Path(args.data, f"mc_caption_{split}.jsonl").exists():
+            some = ClipCaptions(open_split(args.data, split, "mc_caption"), config.frames, config.size,
+                                args.seed, train=False, mismatched=False)
             questions[split] = make_loader(some, workers=args.workers, most=most)
     wordpiece, config = make_vocabulary(args, config, (row["caption"] for row in splits["train"]), machine)
     make_batch = PretrainBatch(wordpiece, config, args.objectives, args.seed)
@@ -147,9 +148,7 @@ def train(args):
                       machine.world_size, args.accumulate)
     loader = make_loader(clips, batches, make_batch, args.workers)
     held_out = make_loader(val, collate=make_batch, workers=args.workers, most=EVALUATED)
-    codes = None
-    if args.codes == "offline":
-        codes = offline_codes(tokenizer, config, splits["train"], args, machine)
+    codes = offline_codes(tokenizer, clips, args, machine) if args.codes == "offline" else None
     evaluate_every = max(100, math.ceil(steps / 5))             # five times a run
     keep = {max(1, round(fraction * steps)): fraction for fraction in args.keep_at}
     machine.print(f"pre-training on {'+'.join(args.objectives)}: {len(clips):,} clips, {steps:,} steps of "
@@ -243,13 +242,13 @@ def start_encoders(model, wordpiece, manifest, args, machine):
 
 
 @torch.no_grad()
-def offline_codes(tokenizer, config, manifest, args, machine):
+def offline_codes(tokenizer, clips, args, machine):
     """Off-the-shelf labels (3.3): the codes of all frames, computed once -> a function: batch -> labels, or
     None where a clip of the batch cannot be read as a whole."""
-    if tokenizer is None or config.augment or tokenizer.sees_neighbours:
+    if tokenizer is None or clips.augment or tokenizer.sees_neighbours:
         raise InputError("--codes offline: needs MVM, frames without augmentation, and a tokenizer that sees "
                          "one frame at a time; use --codes online")
-    videos = manifest.each_video()
+    videos = clips.manifest.each_video()
     loader = make_loader(WholeClips(videos, tokenizer.config.size), [[i] for i in range(len(videos))], list,
                          args.workers)
     codes = {}                                                              # of each video: (frames, g, g)
@@ -259,7 +258,7 @@ def offline_codes(tokenizer, config, manifest, args, machine):
                 parts = [tokenizer.tokenize(some.to(machine.device)[None].float() / 255)[0].int().cpu()
                          for some in frames.split(256)]
             codes[video] = torch.cat(parts)
-    names = manifest.videos.tolist()
+    names = clips.manifest.videos.tolist()
 
     def labels_of(batch):
         videos = [names[i] for i in batch["index"].tolist()]

@@ -79,8 +79,9 @@ def train(args):
                        tokenizer_batch_size="batch_size", tokenizer_lr="lr", tokenizer_target="target",
                        tokenizer_encoder="encoder", word_weight="word_weight", tokenizer_warm="warm",
                        tokenizer_revive="revive_after")
-    with machine.main_process_first():
+    if machine.rank == 0:
         render_if_missing(args.data)
+    machine.barrier()
     splits = open_splits(args.data, note=machine.print)
     wordpiece, config = make_vocabulary(args, config, (row["caption"] for row in splits["train"]), machine)
     torch.manual_seed(args.seed)

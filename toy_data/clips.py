@@ -84,15 +84,12 @@ def read_clip(path, choose=range, size=None):
     frames are resized to (size, size). What is transparent becomes black. Raises BrokenClip, also for what
     `choose` raises, and DataError where the clip needs ffmpeg and there is none.
     """
-    path, size, suffix = Path(path), size and (size, size), Path(path).suffix.lower()
+    path = Path(path)
     try:
-        if path.is_dir():
-            return read_folder(path, choose, size)
-        if path.stat().st_size == 0:
+        read = reader(path)
+        if read is not read_folder and path.stat().st_size == 0:
             raise BrokenClip(f"{path}: is empty")
-        if suffix in IMAGE_SUFFIXES:
-            return read_image(path, choose, size)
-        return (read_array if suffix == ".npy" else read_video)(path, choose, size)
+        return read(path, choose, size and (size, size))
     except (BrokenClip, DataError):
         raise
     except FileNotFoundError as error:
@@ -100,6 +97,16 @@ def read_clip(path, choose=range, size=None):
     except Exception as error:  # decoders fail on bad bytes with every kind of exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BrokenClip(f"{path}: cannot be decoded ({reason})") from error
+
+
+def reader(path):
+    """The function that reads this kind of clip."""
+    if path.is_dir():
+        return read_folder
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return read_image
+    return read_array if suffix == ".npy" else read_video
 
 
 def choose_frames(path, choose, count, width, height):
@@ -398,8 +405,8 @@ def open_splits(folder, task="", note=lambda line: None):
     is cut from train. Neither: 5% each. A lone captions.jsonl is cut 80/10/10. A video's lines stay together.
     `note` is called with a sentence on what was cut from what.
     """
-    folder, fields, prefix = Path(folder), FIELDS[task.split("_")[0]], task and f"{task}_"
-    paths = {name: folder / f"{prefix}{name}.jsonl" for name in ("train", "val", "test")}
+    folder, fields = Path(folder), FIELDS[task.split("_")[0]]
+    paths = {name: split_path(folder, name, task) for name in ("train", "val", "test")}
     train, lone = paths["train"], folder / "captions.jsonl"
     if folder.is_file():
         raise DataError(f"{folder}: is a file; give the folder that holds it: --data {folder.parent}")
@@ -428,9 +435,13 @@ def open_splits(folder, task="", note=lambda line: None):
     return splits
 
 
+def split_path(folder, name, task):
+    return Path(folder, f"{task}_{name}.jsonl" if task else f"{name}.jsonl")
+
+
 def open_split(folder, name, task="", note=lambda line: None):
     """One of open_splits' three. A file of its own is opened as it is, whether training has files or not."""
-    path = Path(folder, (task and f"{task}_") + f"{name}.jsonl")
+    path = split_path(folder, name, task)
     if path.exists():
         return Manifest(path, FIELDS[task.split("_")[0]])
     return open_splits(folder, task, note)[name]
@@ -475,8 +486,7 @@ class ClipCaptions(torch.utils.data.Dataset):
         self.mismatched, self.negatives = mismatched, negatives if train else 1
         self.kept, self.room = {}, None  # decoded clips by path, and the bytes left for more
         first = manifest[0]
-        if mismatched and all(first["video"] == other["video"] or first["caption"] == other["caption"]
-                              for other in manifest):
+        if mismatched and not any(differ(first, other) for other in manifest):
             raise self.no_mismatch(first)
 
     def __len__(self):
@@ -499,16 +509,15 @@ class ClipCaptions(torch.utils.data.Dataset):
                 raise DataError(f"{self.manifest.path}: 50 clips in a row are broken, the first: {broken[0]}")
             index = int(generator.integers(len(self)))
         mismatched = self.mismatched_caption(row, generator) if self.mismatched else None
-        return {"frames": torch.from_numpy(frames.transpose(0, 3, 1, 2).copy()),                # (T, 3, H, W)
-                "numbers": torch.tensor(numbers), "epoch": epoch, "index": index, "row": row,
-                "video": row["video"], "caption": row.get("caption"), "mismatched": mismatched,
-                "broken": broken}
+        return {"frames": channels_first(frames), "numbers": torch.tensor(numbers), "epoch": epoch,
+                "index": index, "row": row, "video": row["video"], "caption": row.get("caption"),
+                "mismatched": mismatched, "broken": broken}
 
     def read(self, row, generator):
         """The frames of a row's clip, (T, size, size, 3), and their numbers. Videos that are small when they
         are decoded are decoded once and stay in memory, as long as there is room; images read fast."""
         path, chosen, whole = self.manifest.video_path(row), None, False
-        keep = not (self.augment or path.is_dir() or path.suffix.lower() in {*IMAGE_SUFFIXES, ".npy"})
+        keep = not self.augment and reader(path) is read_video
 
         def choose(count):
             nonlocal chosen, whole
@@ -543,9 +552,8 @@ class ClipCaptions(torch.utils.data.Dataset):
         own, drawn = set(row["caption"].split()), []
         for _ in range(1000):
             other = self.manifest[int(generator.integers(len(self)))]
-            alike = row["video"] == other["video"] or row["caption"] == other["caption"]
             known = "says" in other and "shows" in row
-            if not (alike or known and is_true(other["says"], row["shows"])):
+            if differ(row, other) and not (known and is_true(other["says"], row["shows"])):
                 words = set(other["caption"].split())
                 drawn.append((len(words & own) / len(words | own), other["caption"]))
             if len(drawn) == self.negatives:
@@ -555,6 +563,16 @@ class ClipCaptions(torch.utils.data.Dataset):
     def no_mismatch(self, row):
         return DataError(f"{self.manifest.path}: has no mismatched caption for {row['video']}; a split needs "
                          "two videos with different captions")
+
+
+def differ(row, other):
+    """Whether two rows are of different videos and have different captions."""
+    return row["video"] != other["video"] and row["caption"] != other["caption"]
+
+
+def channels_first(frames):
+    """(F, H, W, 3) -> (F, 3, H, W), contiguous; NumPy copies without starting threads in a worker."""
+    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
 
 
 def random_crop(frames, size, generator):
@@ -590,8 +608,7 @@ class WholeClips(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         try:
-            frames, _ = read_clip(self.manifest.video_path(self.manifest[i]), size=self.size)
-            return torch.from_numpy(frames.transpose(0, 3, 1, 2).copy())
+            return channels_first(read_clip(self.manifest.video_path(self.manifest[i]), size=self.size)[0])
         except BrokenClip:
             return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
 
