@@ -151,12 +151,17 @@ class Config:
                    max_words=28, width=96, decoder_layers=2, decoder_heads=4, decoder_pre_norm=True,
                    dropout=0.0, codes=64, code_dim=16, vit_width=96, vit_layers=3, vit_heads=4,
                    tokenizer_width=96, tokenizer_layers=2, tokenizer_heads=4, tokenizer_warm=0.4,
-                   tokenizer_revive=20, word_weight=30.0, augment=False, batch_size=16, epochs=2, lr=5e-4,
-                   tokenizer_epochs=1, tokenizer_batch_size=32, tokenizer_lr=1e-3, swin_dim=16,
+                   tokenizer_revive=20, word_weight=30.0, augment=False, batch_size=16, epochs=4, lr=5e-4,
+                   tokenizer_epochs=2, tokenizer_batch_size=32, tokenizer_lr=1e-3, swin_dim=16,
                    swin_depths=(1, 2, 2, 1), swin_heads=(1, 2, 4, 8), swin_window=(4, 4, 4))
 
 
 # ------------------------------------------------------------------------------------------ 3.1 Video encoder
+
+
+def full_precision(x):
+    """A context in which nothing is cast to bf16: scores and codes that are close would tie there."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 class CrossCovarianceAttention(nn.Module):
@@ -600,7 +605,9 @@ class EViLM(nn.Module):
 
     def match(self, video, text, mask):
         """How well each video (B, N, D) fits each text (B, L, D): the difference of its 2 logits, (B,)."""
-        logits = self.vtm_head(self.pooler(self.fuse(video, text, mask)[0])).float()
+        pooled = self.pooler(self.fuse(video, text, mask)[0])
+        with full_precision(pooled):
+            logits = self.vtm_head(pooled.to(self.vtm_head.weight.dtype))
         return logits[:, 1] - logits[:, 0]
 
     def forward(self, frames, ids, mask, masked_words=None, masked_patches=None, mismatched=None):
@@ -850,7 +857,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, x):
         x = F.normalize(x.float(), dim=-1)
         codebook = F.normalize(self.codebook.float(), dim=-1)
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # in bf16 codes would tie
+        with full_precision(x):
             ids = (x.detach() @ codebook.detach().t()).argmax(-1)                           # Eq. (4)
         nearest = F.embedding(ids, codebook)
         codebook_term = ((x.detach() - nearest) ** 2).sum(-1).mean()                        # Eq. (7), term 2
@@ -1080,7 +1087,9 @@ class Choice(nn.Module):
         if frames is not None:
             video = self.model.encode_video(frames).repeat_interleave(O, 0)                 # once a clip
         h_cls = self.model.fuse(video, self.model.encode_text(ids, mask), mask)[0]
-        return self.head(self.model.pooler(h_cls)).view(B, -1)
+        pooled = self.model.pooler(h_cls)
+        with full_precision(pooled):
+            return self.head(pooled.to(self.head.weight.dtype)).view(B, -1)
 
 
 class FastRetrieval(nn.Module):
@@ -1114,7 +1123,7 @@ def contrastive_loss(video, text, scale, names):
     video, text (B, D) unit vectors, names (B,) numbers of the videos: other captions of the same video are
     excluded, neither positives nor negatives.
     """
-    with torch.autocast(video.device.type, enabled=False):          # in bf16 the gradient is 8% off
+    with full_precision(video):                                     # in bf16 the gradient is 8% off
         logits = scale * text @ video.t()                                                   # (B, B)
     same = (names[:, None] == names) & ~torch.eye(len(names), dtype=torch.bool, device=names.device)
     logits, truth = logits.masked_fill(same, -math.inf), torch.arange(len(names), device=names.device)
@@ -1497,7 +1506,8 @@ def shared_flags(parser, out):
     add("--seed", type=at_least(0), default=0, help="all randomness follows from it (default: 0)")
     add("--save-every", type=at_least(1), default=200, metavar="STEPS", help="write last.pt so often")
     add("--out", default=out, metavar="DIR", help=f"the run's folder (default: {out})")
-    add("--resume", action="store_true", help="go on from OUT/last.pt, to the weights of an unbroken run")
+    add("--resume", action="store_true", help="go on from OUT/last.pt, with the same flags to the weights of "
+        "an unbroken run")
     add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
     add("--config", metavar="NAME=VALUE", action="append", default=[], help="set a field of Config, such as "
         "mask_ratio=0.5, dims=8,16,32,64, blocks=False; may be given several times")
@@ -1798,17 +1808,17 @@ class Run:
             for name, total in checkpoint["sums"].items():
                 self.sums[name].copy_(total if self.machine.rank == 0 else 0 * total)
             if self.machine.rank == 0:      # evaluations after that step, and the final one, are made again
-                kept = [json.dumps(line) + "\n" for line in self.metrics()
+                kept = [json.dumps(line) + "\n" for line in read_metrics(self.folder)
                         if line["step"] <= self.step and line["split"] == "val"]
                 (self.folder / "metrics.jsonl").write_text("".join(kept))
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(f"{path} or metrics.jsonl beside it is damaged ({error})") from None
         self.machine.print(f"going on from {path} at step {self.step:,}")
 
-    def batches(self, loader, lr, warmup):
+    def batches(self, loader, steps, lr, warmup):
         """The batches of the steps that are left. Each step sets its learning rate and dropout's seed, which
         follow from the step alone; Ctrl-C and SIGTERM end the run after a step, saved."""
-        began, machine, steps = time.perf_counter(), self.machine, self.step + len(loader)
+        began, machine = time.perf_counter(), self.machine
         bar = tqdm(loader, initial=self.step, total=steps, unit="step", disable=machine.rank > 0)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
@@ -1888,9 +1898,6 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": self.step, "split": split, **values}) + "\n")
 
-    def metrics(self):
-        return read_metrics(self.folder)
-
     def report_speed(self):
         unit = 2**30 if sys.platform == "darwin" else 2**20
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
@@ -1929,19 +1936,11 @@ def encode_clips(encode, loader, machine, run):
 
 
 @torch.no_grad()
-def encode_captions(model, captions, wordpiece, machine):
-    """e^L of captions -> (n, L, D), mask (n, L)."""
-    ids, mask = (x.to(machine.device) for x in wordpiece.encode_batch(captions, model.config.max_words))
+def encode_captions(encode, captions, wordpiece, config, machine):
+    """encode(ids (n, L), mask (n, L)) of captions -> e^L (n, L, D), or vectors (n, D); mask."""
+    ids, mask = (x.to(machine.device) for x in wordpiece.encode_batch(captions, config.max_words))
     with machine.autocast():
-        return model.encode_text(ids, mask), mask
-
-
-@torch.no_grad()
-def embed_captions(model, captions, wordpiece, machine):
-    """A `FastRetrieval`'s vectors of captions -> (n, D)."""
-    ids, mask = (x.to(machine.device) for x in wordpiece.encode_batch(captions, model.model.config.max_words))
-    with machine.autocast():
-        return model.embed_text(ids, mask)
+        return encode(ids, mask), mask
 
 
 @torch.no_grad()
@@ -1952,6 +1951,7 @@ def score_retrieval(model, captions, loader, wordpiece, machine, run, shown=5):
     `shown` highest scores with their videos' places among the names, two of (Q, shown)).
     """
     fast = isinstance(model, FastRetrieval)
+    config = model.model.config if fast else model.config
     video, videos = encode_clips(model.embed_video if fast else model.encode_video, loader, machine, run)
     place = {row["video"]: i for i, row in enumerate(videos)}
     rows = [row for row in captions if row["video"] in place]
@@ -1960,9 +1960,10 @@ def score_retrieval(model, captions, loader, wordpiece, machine, run, shown=5):
         some = rows[i:i + 100]
         texts, truth = [row["caption"] for row in some], torch.tensor([place[row["video"]] for row in some])
         if fast:
-            scores = embed_captions(model, texts, wordpiece, machine) @ video.t()           # (q, V)
+            text, _ = encode_captions(model.embed_text, texts, wordpiece, config, machine)
+            scores = text @ video.t()                                                       # (q, V)
         else:
-            text, mask = encode_captions(model, texts, wordpiece, machine)
+            text, mask = encode_captions(model.encode_text, texts, wordpiece, config, machine)
             with machine.autocast():
                 scores = joint_scores(model, video, text, mask)                             # (q, V)
         tolerance = 1e-6 if fast else 0.0               # equal vectors, rounded, are ties
@@ -1975,16 +1976,23 @@ def score_retrieval(model, captions, loader, wordpiece, machine, run, shown=5):
 def score_choices(model, loader, wordpiece, machine, run):
     """Zero-shot multiple choice: the option that fits best; a tie is wrong.
 
-    -> {"mc": accuracy, "mc_unseen", and "mc_NAME" for each attribute NAME that the options differ in}.
+    -> {"mc": accuracy, "mc_unseen", and "mc_NAME" for each NAME of `changed_and_unseen`}.
     """
     right, kinds = [], []
     for video, row in zip(*encode_clips(model.encode_video, loader, machine, run)):
-        text, mask = encode_captions(model, row["options"], wordpiece, machine)
+        text, mask = encode_captions(model.encode_text, row["options"], wordpiece, model.config, machine)
         with machine.autocast():
             scores = model.match(video.expand(len(text), -1, -1), text, mask)[None].cpu()
         right.append(bool(rank_of_truth(scores, torch.tensor([row["answer"]])) == 1))
-        kinds.append([*row.get("changed", []), *(["unseen"] if row.get("unseen") else [])])
+        kinds.append(changed_and_unseen(row))
     return accuracies("mc", right, kinds)
+
+
+def changed_and_unseen(row):
+    """What a question's options differ in, such as "shape", or "colour+shape", where knowing one of the two
+    helps; and "unseen" where the clip shows a combination that training never had."""
+    changed = ["+".join(row["changed"])] if row.get("changed") else []
+    return changed + ["unseen"] * bool(row.get("unseen"))
 
 
 def accuracies(name, right, kinds):

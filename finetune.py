@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from evilm import (Choice, Config, EViLM, FastRetrieval, InputError, LinearProbe, Parser, Run, WordPiece,
-                   accuracies, at_least, configure, contrastive_loss, embed_captions, encode_clips, fill,
-                   freeze, load, make_optimizer, make_vocabulary, pad, rank_of_truth, recalls, run_script,
-                   score_retrieval, set_up, shared_flags, start_centred, vtm_loss, vtm_targets)
+                   accuracies, at_least, changed_and_unseen, configure, contrastive_loss, encode_captions,
+                   encode_clips, fill, freeze, load, make_optimizer, make_vocabulary, pad, rank_of_truth,
+                   read_metrics, recalls, run_script, score_retrieval, set_up, shared_flags, start_centred,
+                   vtm_loss, vtm_targets)
 from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, collate, find_clips, make_loader,
                       open_split, open_splits, plots, read_clip, render_if_missing, spans)
 
@@ -96,8 +97,9 @@ def train(args):
     config = base.config
     task = TASKS[args.task](args, splits, wordpiece, config, machine)
     if args.init == "none":
-        first = make_loader(task.samples(splits["train"], train=False), most=50)
-        frames = next(iter(first))["frames"].to(machine.device).float() / 255
+        clips = task.samples(splits["train"], train=False)
+        frames = torch.stack([clips[0, i]["frames"] for i in range(min(50, len(clips)))])
+        frames = frames.to(machine.device).float() / 255
         start_centred(base.video_encoder, base.normalise(frames).flatten(0, 1))
     torch.manual_seed(args.seed)
     model = task.head(base).to(machine.device)
@@ -115,7 +117,7 @@ def train(args):
     loader = make_loader(clips, batches, task.collate, args.workers)
     wrapped = machine.wrap(model, args.compile)
     machine.print(f"{task.title}: {len(clips):,} samples, {steps:,} steps of {batches.batch_size}, {machine}")
-    for batch in run.batches(loader, config.lr, config.warmup):
+    for batch in run.batches(loader, steps, config.lr, config.warmup):
         model.train()
         total = torch.zeros((), device=machine.device)
         for part in machine.parts(wrapped, batch, args.accumulate):
@@ -200,7 +202,7 @@ def finish(task, model, run, args, machine):
     scores |= task.baselines
     run.log("test", **scores)
     if not args.zero_shot:
-        val = [line for line in run.metrics() if line["split"] == "val"]
+        val = [line for line in read_metrics(run.folder) if line["split"] == "val"]
         score, loss = ([(line["step"], line[name]) for line in val] for name in (task.score, "loss"))
         plots.curves([(f"{task.score}, val", {task.score: score}, task.baselines, True),
                       ("loss, training", {"loss": loss}, {}, False)], run.folder / "curves.png", task.title)
@@ -238,8 +240,8 @@ class Task:
 
     def samples(self, manifest, train, mismatched=False):
         c = self.config
-        return ClipCaptions(manifest, c.frames, c.size, self.args.seed, train, self.args.strict,
-                            c.augment, mismatched, c.negatives)
+        return ClipCaptions(manifest, c.frames, c.size, self.args.seed, train, c.augment, mismatched,
+                            c.negatives)
 
     def loader(self, manifest, collate):
         clips = self.samples(manifest, train=False)
@@ -355,8 +357,7 @@ class Options(Choices):
                                     f"where {test.path}:{test.line(0)} has {options}")
 
     def kinds(self, row):
-        """The attributes in which the options differ, and `unseen`, where a row has them."""
-        return [*row.get("changed", ()), *(["unseen"] if row.get("unseen") else ())]
+        return changed_and_unseen(row)
 
 
 class Retrieval(Task):
@@ -508,7 +509,8 @@ def search(args):
     fill(model, checkpoint)
     model.to(machine.device).eval()
     name_unknown(wordpiece, [args.sentence], machine)
-    query, scores = embed_captions(model, [args.sentence], wordpiece, machine)[0], {}
+    (query,), _ = encode_captions(model.embed_text, [args.sentence], wordpiece, config, machine)
+    scores = {}
     for name, path in tqdm(clips.items(), "clips", unit="clip", leave=False):
         try:
             frames = torch.from_numpy(read_frames(path, config, config.size)).movedim(-1, 1)[None]

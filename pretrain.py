@@ -118,14 +118,15 @@ def train(args):
     machine.barrier()
     splits = open_splits(args.data, note=machine.print)
     clips, val, test = (ClipCaptions(splits[name], config.frames, config.size, args.seed, name == "train",
-                                     args.strict, config.augment, negatives=config.negatives)
+                                     config.augment, negatives=config.negatives)
                         for name in ("train", "val", "test"))
     questions = {}                      # zero-shot multiple choice, where the folder has some
     for split, most in (("val", 200), ("test", EVALUATED)):
         if Path(args.data, f"mc_caption_{split}.jsonl").exists():
-            some = ClipCaptions(open_split(args.data, split, "mc_caption"), config.frames, config.size,
+            rows = open_split(args.data, split, "mc_caption")
+            some = ClipCaptions(rows.subset(np.arange(len(rows))[:most]), config.frames, config.size,
                                 args.seed, train=False, mismatched=False)
-            questions[split] = make_loader(some, workers=args.workers, most=most)
+            questions[split] = make_loader(some, workers=args.workers)
     wordpiece, config = make_vocabulary(args, config, (row["caption"] for row in splits["train"]), machine)
     make_batch = PretrainBatch(wordpiece, config, args.objectives, args.seed)
     tokenizer = open_tokenizer(args, config, wordpiece, machine) if "mvm" in args.objectives else None
@@ -155,7 +156,7 @@ def train(args):
                   f"{batches.batch_size}, {machine}")
     if tokenizer is not None:
         machine.print(f"masking {make_batch.ratio}")
-    for batch in run.batches(loader, config.lr, config.warmup):
+    for batch in run.batches(loader, steps, config.lr, config.warmup):
         counts = dict(zip(OBJECTIVES, machine.total(batch.pop("counts")).tolist()))
         if codes is not None and (labels := codes(batch)) is not None:
             batch["labels"] = labels
@@ -233,8 +234,8 @@ def start_encoders(model, wordpiece, manifest, args, machine):
     else:
         config = model.config
         clips = ClipCaptions(manifest, config.frames, config.size, args.seed, train=False, mismatched=False)
-        batch = next(iter(make_loader(clips, most=64, batch_size=64)))
-        frames = batch["frames"].to(machine.device).float() / 255
+        frames = torch.stack([clips[0, i]["frames"] for i in range(min(64, len(clips)))])
+        frames = frames.to(machine.device).float() / 255
         start_centred(model.video_encoder, model.normalise(frames).flatten(0, 1))
     if args.init_text:
         model.vocab = wordpiece.vocab
@@ -308,7 +309,8 @@ def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
                 text, words = model.encode_text(batch["masked_ids"], mask), batch["masked_words"]
                 truth = batch["ids"][words]
                 truths["mlm"].append(truth)
-                for name, seen in (("mlm", video), ("mlm_other", video.roll(1, 0))):
+                # Rows beside each other are often of one video, or of scenes that differ in one attribute.
+                for name, seen in (("mlm", video), ("mlm_other", video.roll(len(video) // 2, 0))):
                     h_text = model.fuse(seen, text, mask)[1]
                     hits = model.mlm_head(h_text[words])[:, :len(wordpiece)].argmax(-1) == truth
                     right[name] += int(hits.sum())
@@ -357,7 +359,6 @@ def copied_codes(labels, masked):
 def finish(model, run, test, questions, tokenizer, make_batch, args, machine):
     """Final evaluation: best.pt on the test split, zero-shot; pictures; what was learned, against chance."""
     fill(model, load(run.folder, "pretrain"))
-    model.eval()
     wordpiece, objectives = make_batch.wordpiece, args.objectives
     loader = make_loader(test, collate=make_batch, workers=args.workers, most=EVALUATED)
     if questions is None and "vtm" in objectives:
@@ -412,7 +413,7 @@ def draw_masked(model, clips, make_batch, tokenizer, machine, path):
 def draw_curves(run, objectives, chance, path):
     """curves.png: accuracies on val over the steps, beside their baselines, and the training losses;
     multiple choice, of that `chance`, also of the finished runs in the folders beside this one."""
-    val = [line for line in run.metrics() if line["split"] == "val"]
+    val = [line for line in read_metrics(run.folder) if line["split"] == "val"]
     baselines = {"vtm": {"chance": 0.5}, "mlm": {}, "mvm": {}}
     for key in ("mlm_majority", "mlm_other", "mvm_majority", "mvm_mode", "mvm_copy"):
         if key in val[-1]:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from evilm import (SPECIAL, Config, InputError, Parser, Run, SemanticTokenizer, at_least, codebook_usage,
-                   configure, fill, load, load_published, make_optimizer, make_vocabulary, run_script,
-                   set_up, shared_flags, start_centred, svq_loss, words_present)
+                   configure, fill, load, load_published, make_optimizer, make_vocabulary,
+                   read_metrics, run_script, set_up, shared_flags, start_centred, svq_loss, words_present)
 from toy_data import (Batches, ClipCaptions, DataError, collate, make_loader, open_splits, plots,
                       render_if_missing)
 
@@ -88,7 +88,7 @@ def train(args):
     tokenizer = SemanticTokenizer(config).to(machine.device)
 
     clips, val, test = (ClipCaptions(splits[name], config.frames, config.size, args.seed, name == "train",
-                                     args.strict, config.augment, mismatched=False)
+                                     config.augment, mismatched=False)
                         for name in ("train", "val", "test"))
     make_batch = TokenizerBatch(wordpiece, config.max_words)
     if args.init_tokenizer and not args.resume:
@@ -98,8 +98,8 @@ def train(args):
                       "settings let its codebook collapse; --warm 0.4 --revive-after 20 help")
     if tokenizer.sees_neighbours and not args.init_tokenizer and not args.resume:
         middle = ClipCaptions(splits["train"], config.frames, config.size, args.seed, False, mismatched=False)
-        first = next(iter(make_loader(middle, most=32, batch_size=32)))
-        frames = first["frames"].to(machine.device).float() / 255
+        frames = torch.stack([middle[0, i]["frames"] for i in range(min(32, len(middle)))])
+        frames = frames.to(machine.device).float() / 255
         start_centred(tokenizer.encoder, tokenizer.normalise(frames))
     optimizer = make_optimizer(tokenizer, config.tokenizer_lr, config.weight_decay, machine.device)
     used = torch.zeros(config.codes, device=machine.device)         # codes chosen since the last revival
@@ -116,7 +116,7 @@ def train(args):
     loss_name, _ = METRICS[config.tokenizer_target]
     warm, evaluate_every = round(config.tokenizer_warm * steps), max(100, math.ceil(steps / 10))
     machine.print(f"tokenizer: {len(clips):,} clips, {steps:,} steps of {batches.batch_size}, {machine}")
-    for batch in run.batches(loader, config.tokenizer_lr, config.warmup):
+    for batch in run.batches(loader, steps, config.tokenizer_lr, config.warmup):
         if run.step == warm > 0:
             vectors = embed(tokenizer, model, batch, args, machine)
             tokenizer.quantizer.move_codes(used >= 0, vectors, step_generator(args, run))
@@ -136,7 +136,7 @@ def train(args):
         revives = config.tokenizer_revive and run.step % config.tokenizer_revive == 0
         if revives and warm < run.step < 0.8 * steps:
             vectors = embed(tokenizer, model, batch, args, machine)
-            unused = machine.total(used).to(machine.device) == 0
+            unused = (machine.total(used) == 0).to(machine.device)
             tokenizer.quantizer.move_codes(unused, vectors, step_generator(args, run))
             used.zero_()
         if run.step % evaluate_every == 0 or run.step == steps:
@@ -233,7 +233,7 @@ def finish(tokenizer, run, clips, make_batch, args, machine):
     loader = make_loader(clips, collate=make_batch, workers=args.workers, most=EVALUATED)
     scores = evaluate(tokenizer, loader, run, args, machine)
     run.log("test", **scores)
-    val = [line for line in run.metrics() if line["split"] == "val"]
+    val = [line for line in read_metrics(run.folder) if line["split"] == "val"]
 
     def series(name):
         return [(line["step"], line[name]) for line in val]

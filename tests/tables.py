@@ -32,8 +32,9 @@ from toy_data import plots, synthetic                               # noqa: E402
 
 RESULTS, RUNS = ROOT / "docs/results.jsonl", Path("runs/tables")
 CHOICE_SEED = 10                                # chooses rates, and chose the set and the preset
+SEEDS, FORMER = range(11, 16), range(1, 6)      # the former ones' results led to the tokenizer's epochs
 RATES = (5e-4, 1e-3)
-MINUTES = {"train_tokenizer.py": 2, "pretrain.py": 7, "finetune.py": 3}     # of one run on one thread
+MINUTES = {"train_tokenizer.py": 1, "pretrain.py": 3, "finetune.py": 3}     # of an epoch on one thread
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}         # Student's t, two-sided 95%, by the number of pairs
 ZERO_SHOT = ("vtm", "mlm", "mc", "r1", "r10")
 WITHOUT, WITH = "--tokenizer none --objectives vtm,mlm", "--objectives vtm,mlm,mvm"
@@ -63,13 +64,11 @@ class Job:
         return results().get(self.key)
 
     def minutes(self):
-        """What is left to do for its result."""
-        if self.result():
-            return 0
+        """Of this run, and of those that it begins from where their checkpoints are missing."""
+        usual = {"train_tokenizer.py": Config.toy().tokenizer_epochs, "pretrain.py": Config.toy().epochs}
         epochs = re.search(r"--epochs (\d+)", self.flags)
-        longer = int(epochs[1]) / Config.toy().epochs if epochs else 1
-        begins = [job for _, job in self.begins if not (job.folder / "best.pt").exists()]
-        return longer * MINUTES[self.script] + sum(MINUTES[job.script] for job in begins)
+        own = MINUTES[self.script] * (int(epochs[1]) if epochs else usual.get(self.script, 1))
+        return own + sum(job.minutes() for _, job in self.begins if not (job.folder / "best.pt").exists())
 
 
 LOCKS = defaultdict(threading.Lock)             # two rows may begin from the same run
@@ -178,33 +177,30 @@ class Row:
 BASE = Row("VTM+MLM", WITHOUT, None, "MC 72.8, R@10 60.1")
 MASKED = Row("masked, nothing predicted", WITH + " --config mvm_weight=0.0", "")
 FULL = Row("VTM+MLM+MVM", WITH, "", "MC 89.2, R@10 64.4")
-LONGER = tuple(replace(row, flags=f"{row.flags} --epochs 8", at=5e-4) for row in (BASE, MASKED, FULL))
+ATTRIBUTES = tuple(f"mc_{name}" for name in "colour shape binding size background motion unseen".split())
+LONGER = tuple(replace(row, flags=f"{row.flags} --epochs 8", at=5e-4) for row in (BASE, FULL))
 TABLES = {          # seeds, columns, rows; the rows are compared with the first
-    "table5": (5, ZERO_SHOT, (
+    "table5": (SEEDS, (*ZERO_SHOT, *ATTRIBUTES, "mvm", "mvm_copy"), (
         BASE, MASKED, FULL,
-        Row("VTM+MLM, longer by the tokenizer's time", WITHOUT + " --epochs 3 --max-steps 1250",
-            rates_of=BASE))),
-    "table5-one-rate": (5, ZERO_SHOT, (
+        Row("VTM+MLM, longer by the tokenizer's time", WITHOUT + " --epochs 5", rates_of=BASE))),
+    "table5-one-rate": (SEEDS, ZERO_SHOT, (
         replace(BASE, at=5e-4), replace(FULL, at=5e-4))),
-    "table5-longer": (5, (*ZERO_SHOT, "mc_colour", "mc_shape", "mc_motion", "mvm", "mvm_copy"), LONGER),
-    "table5-rates": (1, ZERO_SHOT, tuple(
-        replace(LONGER[0], name=f"VTM+MLM at {rate:g}", at=rate) for rate in (5e-4, 1e-3, 2.5e-4))),
-    "table5-tokenizer": (5, (*ZERO_SHOT, "mvm", "mvm_mode", "distinct"), (
-        *LONGER[::2],
-        replace(LONGER[2], name="VTM+MLM+MVM, tokenizer of 1,000 steps", tokenizer="--epochs 4"))),
-    "table5-tasks": (5, tuple(TASKS), (Row("from scratch"), LONGER[0], LONGER[2])),
-    "table6-7": (3, ("mc", "r10", "vtm"), (
-        Row("VTM+MLM", WITHOUT, None, "QA 37.9"),
+    "table5-longer": (FORMER, (*ZERO_SHOT, *ATTRIBUTES, "mvm", "mvm_mode", "distinct"), (
+        LONGER[0], *(replace(LONGER[1], name=f"VTM+MLM+MVM, tokenizer of {250 * epochs:,} steps",
+                             tokenizer=f"--epochs {epochs}") for epochs in (1, 4)))),
+    "table5-tasks": (SEEDS, tuple(TASKS), (Row("from scratch"), BASE, FULL)),
+    "table6-7": (SEEDS, (*ZERO_SHOT, "mvm", "mvm_copy", "distinct"), (
+        replace(BASE, paper="QA 37.9"),
         Row("MVM of pixels", WITH, "--target pixels", "QA 38.1", FULL),
-        Row("MVM of words, ViT", WITH, "", "QA 39.3", FULL),
+        replace(FULL, name="MVM of words, ViT", paper="QA 39.3"),
         Row("MVM of words, Video Swin", WITH, "--encoder videoswin", "QA 38.5", FULL))),
-    "fig2": (3, ("mc", "r10", "vtm"), tuple(
+    "fig2": (SEEDS, ("mc", "r10", "vtm"), tuple(
         Row(f"{name}, width 48", f"{flags} --config width=48", tokens)
         for name, flags, tokens in (("VTM+MLM", WITHOUT, None), ("VTM+MLM+MVM", WITH, "")))),
-    "masks": (3, ("mvm", "mvm_copy", "mvm_mode", "mc", "vtm"), (
+    "masks": (SEEDS, ("mvm", "mvm_copy", "mvm_mode", "mc", "vtm"), (
         FULL, *(Row(name, f"{WITH} --config {change}", "", rates_of=FULL) for name, change in (
             ("20%", "mask_ratio=0.2"), ("60%", "mask_ratio=0.6"), ("single patches", "blocks=False"))))),
-    "focal": (5, ("codebook_usage", "codebook_perplexity", "word_recall", "word_recall_macro"), tuple(
+    "focal": (SEEDS, ("codebook_usage", "codebook_perplexity", "word_recall", "word_recall_macro"), tuple(
         Row(loss, None, f"--loss {loss} --revive-after 0 --config codes=512", paper)
         for loss, paper in (("bce", "usage 64.2"), ("focal", "usage 92.0")))),
 }
@@ -218,15 +214,15 @@ def missing(name):
         if not row.ready():
             jobs += (row.rates_of or row).tried()[0].values()
         else:
-            jobs += [row.job(column, seed) for seed in range(1, seeds + 1) for column in columns]
+            jobs += [row.job(column, seed) for seed in seeds for column in columns]
     return sorted((job for job in dict.fromkeys(jobs) if not job.result()), key=lambda job: job.seed)
 
 
 def scores(row, column, seeds):
     """A column's score of each seed, in percent where it is a fraction; None where there is no run."""
     if not row.ready():
-        return [None] * seeds
-    found = [row.job(column, seed).result() for seed in range(1, seeds + 1)]
+        return [None] * len(seeds)
+    found = [row.job(column, seed).result() for seed in seeds]
     name = TASKS[column][1] if column in TASKS else column
     factor = 1 if column in ("codebook_perplexity", "distinct") else 100
     return [factor * result["test"][name] if result and name in result["test"] else None for result in found]
@@ -256,7 +252,7 @@ def show(name):
                     cell = f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
                 elif values:
                     cell = f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
-                cells.append(cell + (f", {len(values)} seeds" if 0 < len(values) < seeds else ""))
+                cells.append(cell + (f", {len(values)} seeds" if 0 < len(values) < len(seeds) else ""))
             rate = (row.rate() if row.flags is not None else None) or "-"
             start = f"{row.name} | {row.paper} | {rate}"
             if less_first:
@@ -264,21 +260,16 @@ def show(name):
             print(f"| {start} | " + " | ".join(cells) + " |")
 
 
-def draw_fig6(name, path):
+def draw_fig6(path):
     """The README's first picture: multiple choice on val during pre-training, of the seeds that are there."""
-    seeds, _, rows = TABLES[name]
-    ended = {row: [seed for seed in range(1, seeds + 1) if row.rate() and row.job("mc", seed).result()]
-             for row in rows}
-    rows = [row for row in rows if ended[row]]
-    there = [seed for seed in range(1, seeds + 1) if all(seed in ended[row] for row in rows)]
+    found = {row: [row.job("mc", seed).result() if row.ready() else None for seed in SEEDS]
+             for row in (BASE, FULL)}
+    there = [i for i in range(len(SEEDS)) if all(runs[i] for runs in found.values())]
     panels = []
-    for some in [there, *([seed] for seed in there)] if there else []:
-        lines = {}
-        for row in rows:
-            curves = [row.job("mc", seed).result()["mc"] for seed in some]
-            lines[row.name] = [(points[0][0], statistics.mean(y for _, y in points))
-                               for points in zip(*curves)]
-        title = f"mean of {len(some)} seeds" if len(some) > 1 else f"seed {some[0]}"
+    for some in [there, *([i] for i in there)] if there else []:
+        lines = {row.name: [(points[0][0], statistics.mean(y for _, y in points))
+                            for points in zip(*(runs[i]["mc"] for i in some))] for row, runs in found.items()}
+        title = f"mean of {len(some)} seeds" if len(some) > 1 else f"seed {SEEDS[some[0]]}"
         panels.append((title, lines, {"chance": 0.2}, True))
     if panels:
         plots.curves(panels, path, "Zero-shot multiple choice on val while pre-training")
@@ -299,14 +290,15 @@ def main():
         for row in rows:
             if not row.ready():                 # what comes once the rate is known
                 tasks = sum(column in TASKS for column in columns)
-                minutes += seeds * (MINUTES["pretrain.py"] + tasks * MINUTES["finetune.py"])
+                pretrains = MINUTES["pretrain.py"] * Config.toy().epochs
+                minutes += len(seeds) * (pretrains + tasks * MINUTES["finetune.py"])
         print(f"{name}: about {minutes / 120:.1f} hours to go")
     for name in args.tables:
         while not args.show and (jobs := missing(name)):        # the rates first, then what they decide
             make_all(jobs, args.data)
         show(name)
-        if name == "table5-longer":
-            draw_fig6(name, ROOT / "docs/mc.png")
+        if name == "table5":
+            draw_fig6(ROOT / "docs/mc.png")
 
 
 if __name__ == "__main__":

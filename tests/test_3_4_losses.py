@@ -242,6 +242,7 @@ def test_a_score_is_the_difference_of_the_logits_in_fp32(model, batch):
         video, text = model.encode_video(batch["frames"]), model.encode_text(batch["ids"], batch["mask"])
         scores = model.match(video, text, batch["mask"])
     assert scores.shape == (4,) and scores.dtype == torch.float32
+    assert (scores != scores.bfloat16()).all(), "computed in fp32, not converted"
     with torch.no_grad():
         model.vtm_head.weight.zero_()
         model.vtm_head.bias.copy_(torch.tensor([1.0, 4.0]))

@@ -398,8 +398,6 @@ def test_fifty_broken_clips_in_a_row_stop_the_run_in_one_line_even_from_a_worker
         (tmp_path / f"{number}.gif").unlink()
     with pytest.raises(DataError) as error:
         ClipCaptions(manifest, 4, 16, seed=0, train=True)[(0, 1)]
-    with pytest.raises(DataError, match="1.gif: there is no such file.*--strict"):
-        ClipCaptions(manifest, 4, 16, seed=0, train=True, strict=True)[(0, 1)]
     line = one_line(error)
     assert line.startswith(f"{manifest.path}: 50 clips in a row are broken, the first: ")
     raised = (error.type, error.value, error.tb)

@@ -240,7 +240,7 @@ def test_a_folder_without_manifests_says_what_is_missing(tmp_path, task, names):
 def test_an_epoch_is_a_permutation_and_its_last_smaller_batch_is_dropped():
     batches = Batches(length=23, batch_size=5, seed=7, steps=12)
     keys = list(batches)
-    assert len(batches) == len(keys) == 12 and batches.steps_per_epoch == 4
+    assert len(keys) == 12 and batches.steps_per_epoch == 4
     for epoch in range(3):
         of_epoch = [key for batch in keys[4 * epoch : 4 * epoch + 4] for key in batch]
         assert {key[0] for key in of_epoch} == {epoch}
@@ -254,7 +254,7 @@ def test_an_epoch_is_a_permutation_and_its_last_smaller_batch_is_dropped():
 @pytest.mark.parametrize("start", [0, 1, 4, 6, 11, 12])
 def test_a_run_goes_on_from_any_step_with_the_same_batches(start):
     rest = Batches(23, 5, 7, 12, start=start)
-    assert list(rest) == list(Batches(23, 5, 7, 12))[start:] and len(rest) == 12 - start
+    assert list(rest) == list(Batches(23, 5, 7, 12))[start:]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
@@ -280,5 +280,6 @@ def test_a_batch_that_processes_and_parts_do_not_divide_is_an_error(batch_size, 
 
 
 def test_evaluation_takes_each_clip_once_and_in_order():
-    assert make_loader(range(5), batch_size=2).batch_sampler == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]]
-    assert make_loader(range(5), most=3).batch_sampler == [[(0, 0), (0, 1), (0, 2)]]
+    batches = [(0, i) for i in range(50)], [(0, 50), (0, 51)]
+    assert make_loader(range(52)).batch_sampler == list(map(list, batches))
+    assert make_loader(range(9), most=3).batch_sampler == [[(0, 0), (0, 3), (0, 6)]], "from all over"

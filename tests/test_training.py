@@ -18,7 +18,8 @@ import torch.multiprocessing as multiprocessing
 import pretrain
 import train_tokenizer
 from evilm import (Config, EViLM, InputError, Machine, Run, SemanticTokenizer, WordPiece, configure, fill,
-                   learning_rate, load, make_optimizer, pretraining_loss, run_script, save, set_up)
+                   learning_rate, load, make_optimizer, pretraining_loss, read_metrics, run_script, save,
+                   set_up)
 from toy_data import Batches, ClipCaptions, Manifest, make_loader, render
 
 CPU = Machine(torch.device("cpu"))
@@ -287,7 +288,7 @@ def test_a_resumed_run_drops_evaluations_after_its_step(tmp_path):
     run.log("test", vtm=3)
     resumed = begin(tmp_path / "run", resume=True)
     assert (resumed.step, resumed.best, resumed.sums["losses"].tolist()) == (1, 1, [1, 1])
-    assert resumed.metrics() == [{"step": 1, "split": "val", "vtm": 1}]
+    assert read_metrics(resumed.folder) == [{"step": 1, "split": "val", "vtm": 1}]
 
 
 def test_curves_show_multiple_choice_of_all_runs_beside_that_have_ended(tmp_path, monkeypatch):

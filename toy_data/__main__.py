@@ -1,34 +1,27 @@
 """Renders the synthetic set: python -m toy_data --out data/toy --clips 10000 --seed 0 --show"""
 
 import argparse
-import json
 from pathlib import Path
 
-from toy_data.clips import errors_in_one_line, read_clip
+from toy_data.clips import errors_in_one_line, open_splits, read_clip
 from toy_data.plots import contact_sheet
 from toy_data.synthetic import SYNTHETIC, render
 
 
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def show(out, count=12):
+def show(out, test, count=12):
     """A contact sheet of clips from all over the test split."""
-    rows = read_rows(out / "test.jsonl")
-    rows = rows[::max(1, len(rows) // count)][:count]
+    rows = [test[i] for i in range(0, len(test), max(1, len(test) // count))][:count]
     sheet = [(read_clip(out / row["video"])[0][1::3], row["caption"]) for row in rows]
     contact_sheet(sheet, out / "sheet.png", "Clips of the synthetic set and their captions")
     print(f"{out / 'sheet.png'}: {len(rows)} clips with their captions")
 
 
-def describe(out):
-    train, val, test = (read_rows(out / f"{split}.jsonl") for split in ("train", "val", "test"))
+def describe(out, train, val, test):
     words = {word for row in train for word in row["caption"].split()}
     clips = sum(1 for _ in (out / "clips").iterdir())
     print(f"{out}: {clips:,} clips; captions: {len(train):,} train, {len(val):,} val, {len(test):,} test, "
           f"of {len(words)} words")
-    for row in train[::len(train) // 3 + 1]:
+    for row in (train[i] for i in range(0, len(train), len(train) // 3 + 1)):
         print(f"   {row['video']}  {row['caption']}")
     print(f"next: python pretrain.py --data {out}")
 
@@ -44,9 +37,10 @@ def main():
     args = parser.parse_args()
     with errors_in_one_line():
         render(args.out, args.clips, args.seed)
+        splits = open_splits(args.out)
         if args.show:
-            show(args.out)
-        describe(args.out)
+            show(args.out, splits["test"])
+        describe(args.out, **splits)
 
 
 if __name__ == "__main__":

@@ -474,20 +474,18 @@ class ClipCaptions(torch.utils.data.Dataset):
 
     A sample depends on (seed, epoch, index) alone, whichever process makes it. `train` draws random frames;
     otherwise it takes the middle ones, the same in every epoch. A row drawn at random replaces a broken clip;
-    with `strict` it is a DataError, and so are 50 in a row. In training, of `negatives` mismatched captions
-    (the paper does not say how many) it takes the one that shares most words with the clip's, and `augment`
-    crops and resizes at random, all frames alike, and never flips: "left" is a word.
+    50 in a row are a DataError. In training, of `negatives` mismatched captions (the paper does not say how
+    many) it takes the one that shares most words with the clip's, and `augment` crops and resizes at random,
+    all frames alike, and never flips: "left" is a word.
     """
 
-    def __init__(self, manifest, frames, size, seed, train, strict=False, augment=False, mismatched=True,
-                 negatives=1):
+    def __init__(self, manifest, frames, size, seed, train, augment=False, mismatched=True, negatives=1):
         self.manifest, self.frames, self.size, self.seed = manifest, frames, size, seed
-        self.train, self.strict, self.augment = train, strict, train and augment
+        self.train, self.augment = train, train and augment
         self.mismatched, self.negatives = mismatched, negatives if train else 1
         self.kept, self.room = {}, None  # decoded clips by path, and the bytes left for more
-        first = manifest[0]
-        if mismatched and not any(differ(first, other) for other in manifest):
-            raise self.no_mismatch(first)
+        if mismatched:  # where there is none, that is said at once
+            self.mismatched_caption(manifest[0], np.random.default_rng(seed))
 
     def __len__(self):
         return len(self.manifest)
@@ -503,8 +501,6 @@ class ClipCaptions(torch.utils.data.Dataset):
                 break
             except BrokenClip as error:
                 broken.append(str(error))
-            if self.strict:
-                raise DataError(f"{broken[0]}; mend it, take out its line, or leave out --strict")
             if len(broken) == 50:
                 raise DataError(f"{self.manifest.path}: 50 clips in a row are broken, the first: {broken[0]}")
             index = int(generator.integers(len(self)))
@@ -552,22 +548,15 @@ class ClipCaptions(torch.utils.data.Dataset):
         own, drawn = set(row["caption"].split()), []
         for _ in range(1000):
             other = self.manifest[int(generator.integers(len(self)))]
+            differs = row["video"] != other["video"] and row["caption"] != other["caption"]
             known = "says" in other and "shows" in row
-            if differ(row, other) and not (known and is_true(other["says"], row["shows"])):
+            if differs and not (known and is_true(other["says"], row["shows"])):
                 words = set(other["caption"].split())
                 drawn.append((len(words & own) / len(words | own), other["caption"]))
             if len(drawn) == self.negatives:
                 return max(drawn, key=lambda pair: pair[0])[1]
-        raise self.no_mismatch(row)
-
-    def no_mismatch(self, row):
-        return DataError(f"{self.manifest.path}: has no mismatched caption for {row['video']}; a split needs "
-                         "two videos with different captions")
-
-
-def differ(row, other):
-    """Whether two rows are of different videos and have different captions."""
-    return row["video"] != other["video"] and row["caption"] != other["caption"]
+        raise DataError(f"{self.manifest.path}: has no mismatched caption for {row['video']}; a split needs "
+                        "two videos with different captions")
 
 
 def channels_first(frames):
@@ -603,9 +592,6 @@ class WholeClips(torch.utils.data.Dataset):
     def __init__(self, manifest, size):
         self.manifest, self.size = manifest, size
 
-    def __len__(self):
-        return len(self.manifest)
-
     def __getitem__(self, i):
         try:
             return channels_first(read_clip(self.manifest.video_path(self.manifest[i]), size=self.size)[0])
@@ -630,9 +616,6 @@ class Batches(torch.utils.data.Sampler):
                             f"x {parts} parts (--accumulate): give a --batch-size that {world_size * parts} "
                             f"divides, and no more than the {length:,} lines of the training split")
 
-    def __len__(self):
-        return max(0, self.steps - self.start)
-
     def __iter__(self):
         order_of = None
         for step in range(self.start, self.steps):
@@ -654,12 +637,13 @@ def collate(samples):
     }
 
 
-def make_loader(clips, batches=None, collate=collate, workers=0, most=None, batch_size=50):
-    """A DataLoader. `batches` is a list, or a sampler, of each batch's keys; without it every clip, or the
-    first `most`, is read once and in order, for evaluation. Memory is pinned where there is a CUDA device."""
+def make_loader(clips, batches=None, collate=collate, workers=0, most=None):
+    """A DataLoader. `batches` is a list, or a sampler, of each batch's keys; without it every clip, or `most`
+    from all over the split, is read once and in order, for evaluation. Memory is pinned for CUDA."""
     if batches is None:
-        keys = [(0, index) for index in range(len(clips))[:most]]
-        batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+        count = min(most or len(clips), len(clips))
+        keys = [(0, index * len(clips) // count) for index in range(count)]
+        batches = [keys[i : i + 50] for i in range(0, len(keys), 50)]
     return torch.utils.data.DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                                        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)
 

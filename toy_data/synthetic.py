@@ -168,13 +168,17 @@ def draw_thing(generator, place=""):
     return Thing(colour, shape, size, motion, place)
 
 
-def draw_scene(generator, count=None):
-    """A scene of `count` things, of one or two where that is left open."""
+def draw_scene(generator, unseen, count=None):
+    """A scene of `count` things, of one or two where that is left open; with a held-out pair if `unseen`."""
     count = count or 1 + int(generator.random() < 0.35)
     halves = draw(generator, [("top", "bottom"), ("left-half", "right-half")])
     places = draw(generator, halves, count=2) if count == 2 else [""]
     background = draw(generator, VALUES["background"], POWERS["background"])
-    return Scene(tuple(draw_thing(generator, place) for place in places), background)
+    scene = Scene(tuple(draw_thing(generator, place) for place in places), background)
+    if not unseen:
+        return scene
+    colour, shape = draw(generator, sorted(HELD_OUT))
+    return scene.change(0, colour=colour, shape=shape)
 
 
 # ---- saying it ----------------------------------------------------------------------------------------
@@ -326,7 +330,7 @@ def varied(generator, scene, changes):
 
 
 def caption_group(generator, changes, unseen):
-    scene = draw_base(generator, unseen, 2 if "binding" in changes else None)
+    scene = draw_scene(generator, unseen, 2 if "binding" in changes else None)
     if "binding" in changes and scene.things[0].shape == scene.things[1].shape:
         return None     # the swap of its colours would be the same scene
     must, scenes = varied(generator, scene, changes)
@@ -337,7 +341,7 @@ def caption_group(generator, changes, unseen):
 
 
 def action_group(generator, unseen):
-    scene, count = draw_base(generator, unseen), draw(generator, list(COUNTS))
+    scene, count = draw_scene(generator, unseen), draw(generator, list(COUNTS))
     index = int(generator.integers(len(scene.things)))
     name = f"{scene.things[index].colour} {scene.things[index].shape}"
     actions = tuple(draw(generator, ACTIONS, count=5))
@@ -349,7 +353,7 @@ def action_group(generator, unseen):
 
 def transition_group(generator, unseen):
     """The second motion is asked for; where it is the first once more, the clip just goes on."""
-    scene, first = draw_base(generator, unseen, count=1), draw(generator, PLAIN)
+    scene, first = draw_scene(generator, unseen, count=1), draw(generator, PLAIN)
     name = f"{scene.things[0].colour} {scene.things[0].shape}"
     seconds = draw(generator, PLAIN, count=5)
     motions = [first if second == first else f"{first}-then-{second}" for second in seconds]
@@ -360,14 +364,6 @@ def transition_group(generator, unseen):
     claims = tuple([[*name.split(), motion]] for motion in motions)
     options = tuple(said[second] for second in seconds)
     return Group("transition", ("motion",), frozenset(), scenes, question, options, claims)
-
-
-def draw_base(generator, unseen, count=None):
-    scene = draw_scene(generator, count)
-    if not unseen:
-        return scene
-    colour, shape = draw(generator, sorted(HELD_OUT))
-    return scene.change(0, colour=colour, shape=shape)
 
 
 def draw_group(generator, kind, unseen, taken, known):
