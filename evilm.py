@@ -1992,7 +1992,7 @@ def changed_and_unseen(row):
     """What a question's options differ in, such as "shape", or "colour+shape", where knowing one of the two
     helps; and "unseen" where the clip shows a combination that training never had."""
     changed = ["+".join(row["changed"])] if row.get("changed") else []
-    return changed + ["unseen"] * bool(row.get("unseen"))
+    return [*changed, "unseen"] if row.get("unseen") else changed
 
 
 def accuracies(name, right, kinds):
