@@ -449,7 +449,7 @@ def report(s, objectives, chance):
         yield (f"  codebook in use      {s['codebook_usage']:6.1%}   perplexity "
                f"{s['codebook_perplexity']:.1f}, {s['distinct']:.1f} codes a frame")
     if "mc" in s:
-        parts = ", ".join(f"{name[3:]} {value:.0%}" for name, value in s.items() if name.startswith("mc_"))
+        parts = ", ".join(f"{name[3:]} {s[name]:.0%}" for name in sorted(s) if name.startswith("mc_"))
         yield f"  multiple choice      {s['mc']:6.1%}   (chance {chance:.0%}); {parts}"
     if "r1" in s:
         n = s["retrieval_clips"]

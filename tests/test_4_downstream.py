@@ -126,6 +126,13 @@ def test_a_tie_is_wrong_and_so_is_an_answer_that_training_does_not_have():
     assert found == {"top1": 2 / 3, "top1_colour": 1 / 2, "top1_shape": 1.0}, "fractions of their kind"
 
 
+@pytest.mark.parametrize("row, names", [
+    ({}, []), ({"changed": ["shape"], "unseen": True}, ["shape", "unseen"]),
+    ({"changed": ["colour", "shape"], "unseen": False}, ["colour+shape"])])
+def test_a_question_counts_under_what_its_options_differ_in(row, names):
+    assert evilm.changed_and_unseen(row) == names
+
+
 # ------------------------------------------------------------------------------------------------------ tasks
 
 @pytest.fixture(scope="module")
