@@ -275,34 +275,28 @@ def read_json(path, key):
 
 # ---- finding the videos ------------------------------------------------------------------------------------
 def list_videos(videos, out):
-    """{a video's name without its ending: (its folder as rows name it, ending)}, from one walk over the disk.
+    """{a video's name without its ending: its path as rows name it}, from one walk over the disk.
 
-    A folder of images is a video without an ending. Rows name a folder relative to `out` where it lies
-    inside, else from the root. Of two videos with one name the first in path order counts.
+    A folder of images is a video. Paths are relative to `out` where the videos lie inside, else from the
+    root. Of two videos with one name the first in path order counts.
     """
     videos, out = os.path.abspath(videos), os.path.abspath(out)
-    inside, listed, pairs = os.path.commonpath([videos, out]) == out, {}, {}
+    inside, listed = os.path.commonpath([videos, out]) == out, {}
     for folder, folders, files in os.walk(videos, followlinks=True):
         folders.sort()
-        found = [(folder, *os.path.splitext(file)) for file in sorted(files)]
-        found = [(folder, name, ending) for folder, name, ending in found if ending.lower() in ENDINGS]
+        found = [os.path.splitext(file) for file in sorted(files)]
+        found = [(name, f"{folder}/{name}{ending}") for name, ending in found if ending.lower() in ENDINGS]
         if not found and folder != videos and any(map(is_image, files)):
-            found = [(*os.path.split(folder), "")]
-        for parent, name, ending in found:
-            parent = parent.removeprefix(out).lstrip(os.sep) if inside else parent
-            pair = pairs.setdefault((parent, ending), (parent, ending))  # shared: there may be millions
-            listed.setdefault(name, pair)
+            found = [(os.path.basename(folder), folder)]
+        for name, path in found:
+            listed.setdefault(name, path.removeprefix(os.path.join(out, "")) if inside else path)
     return listed
 
 
 def find(listed, names):
     """The path of the first of `names` that is there, or None. A name may have its ending or not."""
-    for name in names:
-        for key in (name, os.path.splitext(name)[0]):
-            if key in listed:
-                folder, ending = listed[key]
-                return os.path.join(folder, key + ending)
-    return None
+    keys = [key for name in names for key in (name, os.path.splitext(name)[0])]
+    return next((listed[key] for key in keys if key in listed), None)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
