@@ -104,5 +104,5 @@ def test_rows_are_compared_by_seed_with_students_interval_and_a_score_of_zero_co
     typed.score = lambda args: {"bce": (0, 0.1, 0.2), "focal": (0.03, 0.12, 0.24)}[args.loss][args.seed - 1]
     # Differences 3, 2 and 4: mean 3, deviation 1; t is 4.303 for 2 degrees of freedom; half is 2.48.
     assert [row[3] for row in typed("focal")[1]] == ["10.0 (0.0-20.0)", "13.0 (3.0-24.0)", "+3.0 ± 2.5"]
-    for n, t in ((2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776)):      # deviation n ** -0.5
+    for n, t in ((2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (10, 2.262)):      # deviation n ** -0.5
         assert tables.interval([1.0] + [0.0] * (n - 1)) == pytest.approx((1 / n, t / n), rel=1e-3)
