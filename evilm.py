@@ -159,11 +159,6 @@ class Config:
 # ------------------------------------------------------------------------------------------ 3.1 Video encoder
 
 
-def full_precision(x):
-    """A context in which nothing is cast to bf16: scores and codes that are close would tie there."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
-
-
 class CrossCovarianceAttention(nn.Module):
     """XCA: attention between channels, so that its cost grows linearly with patches. (N, patches, C) -> same.
 
@@ -536,6 +531,19 @@ def start_centred(encoder, frames):
         hook.remove()
 
 
+def full_precision(x):
+    """A context in which nothing is cast to bf16: scores and codes that are close would tie there."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
+class ScoreHead(nn.Linear):
+    """A linear layer whose outputs are compared with each other, and so computed in full precision."""
+
+    def forward(self, x):
+        with full_precision(x):
+            return super().forward(x.to(self.weight.dtype))
+
+
 def prediction_head(width, classes):
     """HEAD^V, and MLM's head: (n, width) -> logits (n, classes). The layers are BERT's."""
     return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, classes))
@@ -564,7 +572,7 @@ class EViLM(nn.Module):
         # Pre-norm needs a final norm, whose 768 parameters would not change Table 8's rounded 7.1M.
         self.decoder_norm = nn.LayerNorm(c.width) if c.decoder_pre_norm else nn.Identity()
         self.pooler = nn.Sequential(nn.Linear(c.width, c.width), nn.Tanh())
-        self.vtm_head = nn.Linear(c.width, 2)
+        self.vtm_head = ScoreHead(c.width, 2)
         self.mlm_head = prediction_head(c.width, c.vocab_rows)
         self.mvm_head = prediction_head(c.width, c.codes)
         self.apply(initialise)
@@ -605,9 +613,7 @@ class EViLM(nn.Module):
 
     def match(self, video, text, mask):
         """How well each video (B, N, D) fits each text (B, L, D): the difference of its 2 logits, (B,)."""
-        pooled = self.pooler(self.fuse(video, text, mask)[0])
-        with full_precision(pooled):
-            logits = self.vtm_head(pooled.to(self.vtm_head.weight.dtype))
+        logits = self.vtm_head(self.pooler(self.fuse(video, text, mask)[0]))
         return logits[:, 1] - logits[:, 0]
 
     def forward(self, frames, ids, mask, masked_words=None, masked_patches=None, mismatched=None):
@@ -1074,7 +1080,7 @@ class Choice(nn.Module):
         super().__init__()
         self.model = freeze(model, "vtm_head", "mlm_head", "mvm_head")
         # With one output a bias shifts all options alike and cancels in the softmax.
-        self.head = nn.Linear(model.config.width, outputs, bias=outputs > 1)
+        self.head = ScoreHead(model.config.width, outputs, bias=outputs > 1)
         initialise(self.head)
         if outputs == 1:            # starts from the zero-shot score, the difference of the 2-way logits
             matched = model.vtm_head.weight.detach()
@@ -1087,9 +1093,7 @@ class Choice(nn.Module):
         if frames is not None:
             video = self.model.encode_video(frames).repeat_interleave(O, 0)                 # once a clip
         h_cls = self.model.fuse(video, self.model.encode_text(ids, mask), mask)[0]
-        pooled = self.model.pooler(h_cls)
-        with full_precision(pooled):
-            return self.head(pooled.to(self.head.weight.dtype)).view(B, -1)
+        return self.head(self.model.pooler(h_cls)).view(B, -1)
 
 
 class FastRetrieval(nn.Module):
@@ -1142,7 +1146,7 @@ class LinearProbe(nn.Module):
         c, self.model = model.config, model.requires_grad_(False)
         self.quarters = min(2, c.grid)
         features = c.frames * self.quarters ** 2 * c.width
-        self.norm, self.classifier = nn.BatchNorm1d(features, affine=False), nn.Linear(features, classes)
+        self.norm, self.classifier = nn.BatchNorm1d(features, affine=False), ScoreHead(features, classes)
 
     @torch.no_grad()
     def features(self, frames):

@@ -97,9 +97,7 @@ def train(args):
     config = base.config
     task = TASKS[args.task](args, splits, wordpiece, config, machine)
     if args.init == "none":
-        clips = task.samples(splits["train"], train=False)
-        frames = torch.stack([clips[0, i]["frames"] for i in range(min(50, len(clips)))])
-        frames = frames.to(machine.device).float() / 255
+        frames = task.samples(splits["train"], train=False).first(50).to(machine.device) / 255
         start_centred(base.video_encoder, base.normalise(frames).flatten(0, 1))
     torch.manual_seed(args.seed)
     model = task.head(base).to(machine.device)
@@ -284,7 +282,7 @@ class Choices(Task):
 
     def logits(self, model, batch):
         frames = batch["frames"].float() / 255 if self.args.see == "both" else None
-        return model(frames, batch["ids"], batch["mask"]).float()
+        return model(frames, batch["ids"], batch["mask"])
 
     def loss(self, model, batch, machine):
         return F.cross_entropy(self.logits(model, batch), batch["targets"])
@@ -544,7 +542,7 @@ def ask(args):
     frames = torch.from_numpy(read_frames(args.video, config, config.size)).movedim(-1, 1)[None]
     ids, mask = (x.to(machine.device) for x in wordpiece.encode_batch([args.question], config.max_words))
     with machine.autocast():
-        probabilities = model(frames.to(machine.device) / 255, ids[None], mask[None])[0].float().softmax(0)
+        probabilities = model(frames.to(machine.device) / 255, ids[None], mask[None])[0].softmax(0)
     for probability, place in zip(*probabilities.topk(min(args.top, len(answers)))):
         print(f"{float(probability):6.1%}  {answers[place]}")
 

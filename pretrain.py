@@ -123,7 +123,7 @@ def train(args):
     questions = {}                      # zero-shot multiple choice, where the folder has some
     for split, most in (("val", 200), ("test", EVALUATED)):
         if Path(args.data, f"mc_caption_{split}.jsonl").exists():
-            rows = open_split(args.data, split, "mc_caption")
+            rows = open_split(args.data, split, "mc_caption")       # the first: whole groups of five
             some = ClipCaptions(rows.subset(np.arange(len(rows))[:most]), config.frames, config.size,
                                 args.seed, train=False, mismatched=False)
             questions[split] = make_loader(some, workers=args.workers)
@@ -234,8 +234,7 @@ def start_encoders(model, wordpiece, manifest, args, machine):
     else:
         config = model.config
         clips = ClipCaptions(manifest, config.frames, config.size, args.seed, train=False, mismatched=False)
-        frames = torch.stack([clips[0, i]["frames"] for i in range(min(64, len(clips)))])
-        frames = frames.to(machine.device).float() / 255
+        frames = clips.first(64).to(machine.device) / 255
         start_centred(model.video_encoder, model.normalise(frames).flatten(0, 1))
     if args.init_text:
         model.vocab = wordpiece.vocab

@@ -98,8 +98,7 @@ def train(args):
                       "settings let its codebook collapse; --warm 0.4 --revive-after 20 help")
     if tokenizer.sees_neighbours and not args.init_tokenizer and not args.resume:
         middle = ClipCaptions(splits["train"], config.frames, config.size, args.seed, False, mismatched=False)
-        frames = torch.stack([middle[0, i]["frames"] for i in range(min(32, len(middle)))])
-        frames = frames.to(machine.device).float() / 255
+        frames = middle.first(32).to(machine.device) / 255
         start_centred(tokenizer.encoder, tokenizer.normalise(frames))
     optimizer = make_optimizer(tokenizer, config.tokenizer_lr, config.weight_decay, machine.device)
     used = torch.zeros(config.codes, device=machine.device)         # codes chosen since the last revival

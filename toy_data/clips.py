@@ -509,6 +509,10 @@ class ClipCaptions(torch.utils.data.Dataset):
                 "index": index, "row": row, "video": row["video"], "caption": row.get("caption"),
                 "mismatched": mismatched, "broken": broken}
 
+    def first(self, count):
+        """The frames of the first `count` clips, for an encoder's start: uint8 (count, T, 3, size, size)."""
+        return torch.stack([self[0, i]["frames"] for i in range(min(count, len(self)))])
+
     def read(self, row, generator):
         """The frames of a row's clip, (T, size, size, 3), and their numbers. Videos that are small when they
         are decoded are decoded once and stay in memory, as long as there is room; images read fast."""

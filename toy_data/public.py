@@ -281,7 +281,7 @@ def list_videos(videos, out):
     root. Of two videos with one name the first in path order counts.
     """
     videos, out = os.path.abspath(videos), os.path.abspath(out)
-    inside, listed = os.path.commonpath([videos, out]) == out, {}
+    inside, prefix, listed = os.path.commonpath([videos, out]) == out, os.path.join(out, ""), {}
     for folder, folders, files in os.walk(videos, followlinks=True):
         folders.sort()
         found = [os.path.splitext(file) for file in sorted(files)]
@@ -289,7 +289,7 @@ def list_videos(videos, out):
         if not found and folder != videos and any(map(is_image, files)):
             found = [(os.path.basename(folder), folder)]
         for name, path in found:
-            listed.setdefault(name, path.removeprefix(os.path.join(out, "")) if inside else path)
+            listed.setdefault(name, path.removeprefix(prefix) if inside else path)
     return listed
 
 
