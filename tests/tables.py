@@ -32,26 +32,30 @@ from toy_data import plots, synthetic                               # noqa: E402
 
 RESULTS, RUNS = ROOT / "docs/results.jsonl", Path("runs/tables")
 CHOICE_SEED = 10                                # chooses rates, and chose the set and the preset
+TASK_SEED = 16                                  # chooses rates of tasks, whose table has seeds 11 to 15
 SEEDS, FORMER = range(11, 21), range(1, 6)      # the former ones' results led to the number of steps
 RATES = (5e-4, 1e-3)
 MINUTES = {"train_tokenizer.py": 1, "pretrain.py": 3, "finetune.py": 3}     # of an epoch on one thread
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 ZERO_SHOT = ("vtm", "mlm", "mc", "r1", "r10")
 WITHOUT, WITH = "--tokenizer none --objectives vtm,mlm", "--objectives vtm,mlm,mvm"
-TASKS = {"QA": ("qa", "top1"), "retrieval": ("retrieval", "r1"), "probe": ("probe", "top1")}
+TASKS = {"QA": ("qa", "top1"), "retrieval": ("retrieval", "r1"), "probe": ("probe", "top1"),
+         "QA, a twentieth": ("qa --epochs 10", "top1"), "retrieval, a twentieth": ("retrieval --epochs 20", "r1")}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a script; `begins` are pairs of a flag and the run whose folder it takes."""
+    """One run of a script; `begins` are pairs of a flag and the run whose folder it takes, `twentieth`
+    says that it is trained on every 20th line of its split."""
     script: str
     flags: str
     seed: int
     begins: tuple = ()
+    twentieth: bool = False
 
     @property
     def key(self):
-        begins = [(flag, job.key) for flag, job in self.begins]
+        begins = [(flag, job.key) for flag, job in self.begins] + ["a twentieth"] * self.twentieth
         config = asdict(Config.toy()) | {"lr": None}                # the flags have it
         parts = [self.script, self.flags, self.seed, config, synthetic.VERSION, begins]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
@@ -68,10 +72,23 @@ class Job:
         usual = {"train_tokenizer.py": Config.toy().tokenizer_epochs, "pretrain.py": Config.toy().epochs}
         epochs = re.search(r"--epochs (\d+)", self.flags)
         own = MINUTES[self.script] * (int(epochs[1]) if epochs else usual.get(self.script, 1))
-        return own + sum(job.minutes() for _, job in self.begins if not (job.folder / "best.pt").exists())
+        return own / (20 if self.twentieth else 1) + sum(job.minutes() for _, job in self.begins if not (job.folder / "best.pt").exists())
 
 
 LOCKS = defaultdict(threading.Lock)             # two rows may begin from the same run
+
+
+def twentieth(data):
+    """A folder beside the runs with the clips of `data`, every 20th line to train on and all others -> path."""
+    folder = RUNS / "twentieth"
+    with LOCKS["twentieth"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "clips").is_symlink():
+            (folder / "clips").symlink_to(Path(data, "clips").resolve())
+        for file in Path(data).glob("*.jsonl"):
+            lines = file.read_text().splitlines(keepends=True)
+            (folder / file.name).write_text("".join(lines[::20] if "train" in file.name else lines))
+    return folder
 
 
 def results():
@@ -87,7 +104,8 @@ def make(job, data, checkpoint=False):
         for _, begin in job.begins:
             make(begin, data, checkpoint=True)
         begins = [word for flag, begin in job.begins for word in (flag, str(begin.folder))]
-        command = [sys.executable, str(ROOT / job.script), *job.flags.split(), *begins, "--data", data,
+        command = [sys.executable, str(ROOT / job.script), *job.flags.split(), *begins,
+                   "--data", str(twentieth(data) if job.twentieth else data),
                    "--seed", str(job.seed), "--out", str(job.folder), "--workers", "0"]
         if (job.folder / "last.pt").exists():
             command.append("--resume")
@@ -143,36 +161,43 @@ class Row:
             ("--tokenizer", Job("train_tokenizer.py", self.tokenizer, seed)),)
         return Job("pretrain.py", f"{self.flags} --lr {rate:g}", seed, begins)
 
-    def job(self, column, seed):
-        """The run that gives a column's score for a seed."""
-        if self.flags is None and column in TASKS:
-            return Job("finetune.py", f"{TASKS[column][0]} --init none", seed)
-        if self.flags is None:
+    def job(self, column, seed, rate=None):
+        """The run that gives a column's score for a seed, at its own rate or the one given."""
+        if self.flags is None and column not in TASKS:
             return Job("train_tokenizer.py", self.tokenizer, seed)
-        run = self.pretrained(seed, self.rate())
-        return Job("finetune.py", TASKS[column][0], seed, (("--init", run),)) if column in TASKS else run
+        rate = rate or self.rate(column)
+        if column not in TASKS:
+            return self.pretrained(seed, rate)
+        init, begins = " --init none", ()
+        if self.flags is not None:
+            init, begins = "", (("--init", self.pretrained(seed, self.rate())),)
+        return Job("finetune.py", f"{TASKS[column][0]} --lr {rate:g}{init}", seed, begins, "twentieth" in column)
 
-    def tried(self):
+    def tried(self, column=None):
         """The runs that choose the rate, {rate: run}: extended until the best is not at the edge."""
-        rates = sorted(RATES)
+        rates, seed = sorted(RATES), TASK_SEED if column in TASKS else CHOICE_SEED
         while True:
-            runs = {rate: self.pretrained(CHOICE_SEED, rate) for rate in rates}
+            runs = {rate: self.job(column, seed, rate) for rate in rates}
             found = {rate: run.result()["val"] for rate, run in runs.items() if run.result()}
             best = max(found, key=found.get, default=None)
             if len(found) < len(rates) or best not in (rates[0], rates[-1]):
                 return runs, best
             rates = sorted([*rates, best / 2 if best == rates[0] else best * 2])
 
-    def rate(self):
-        """The best rate on val, or None where the runs that choose it are missing."""
-        if self.at:
-            return self.at
-        runs, best = (self.rates_of or self).tried()
+    def rate(self, column=None):
+        """The best rate on val, a task's or else pre-training's; None where a run that chooses it is missing."""
+        if column not in TASKS and (self.at or self.rates_of):
+            return self.at or self.rates_of.rate()
+        runs, best = self.tried(column)
         return best if all(run.result() for run in runs.values()) else None
 
-    def ready(self):
-        """Whether all that its runs need is chosen: without pre-training there is no rate to choose."""
-        return self.flags is None or self.rate() is not None
+    def needs(self, column, seeds):
+        """The runs that a column rests on, those that choose rates first: -> them, whether they are all."""
+        if self.flags is not None and not self.rate():
+            return list((self.rates_of or self).tried()[0].values()), False
+        if column in TASKS and not self.rate(column):
+            return list(self.tried(column)[0].values()), False
+        return [self.job(column, seed) for seed in seeds], True
 
 
 BASE = Row("VTM+MLM", WITHOUT, None, "MC 72.8, R@10 60.1")
@@ -190,7 +215,9 @@ TABLES = {          # seeds, columns, rows; the rows are compared with the first
         Row("VTM+MLM, longer by the tokenizer's time", WITHOUT + " --epochs 5", rates_of=BASE))),
     "table5-longer": (FORMER, (*ZERO_SHOT, "mc_background", "mc_motion", "mvm", "mvm_mode", "distinct"),
                       LONGER),
-    "table5-tasks": (FORMER, tuple(TASKS), (Row("from scratch"), *LONGER[:2])),
+    "table5-tasks": (SEEDS[:5], tuple(TASKS), (
+        Row("from scratch", paper="QA 32.8, R@1 14.6"), replace(BASE, paper="QA 35.6, R@1 23.6"),
+        replace(FULL, paper="QA 39.3, R@1 27.0"))),
     "table6-7": (SEEDS[:5], (*ZERO_SHOT, "mvm", "mvm_copy", "distinct"), (
         replace(BASE, paper="QA 37.9"),
         Row("MVM of pixels", WITH, "--target pixels", "QA 38.1", FULL),
@@ -211,20 +238,16 @@ TABLES = {          # seeds, columns, rows; the rows are compared with the first
 def missing(name):
     """The runs that a table still needs, as far as its rates are known, seed by seed."""
     seeds, columns, rows = TABLES[name]
-    jobs = []
-    for row in rows:
-        if not row.ready():
-            jobs += (row.rates_of or row).tried()[0].values()
-        else:
-            jobs += [row.job(column, seed) for seed in seeds for column in columns]
+    jobs = [job for row in rows for column in columns for job in row.needs(column, seeds)[0]]
     return sorted((job for job in dict.fromkeys(jobs) if not job.result()), key=lambda job: job.seed)
 
 
 def scores(row, column, seeds):
     """A column's score of each seed, in percent where it is a fraction; None where there is no run."""
-    if not row.ready():
+    jobs, rates_known = row.needs(column, seeds)
+    if not rates_known:
         return [None] * len(seeds)
-    found = [row.job(column, seed).result() for seed in seeds]
+    found = [job.result() for job in jobs]
     name = TASKS[column][1] if column in TASKS else column
     factor = 1 if column in ("codebook_perplexity", "distinct") else 100
     return [factor * result["test"][name] if result and name in result["test"] else None for result in found]
@@ -237,35 +260,39 @@ def interval(values):
 
 
 def show(name):
-    """The table in Markdown: means and ranges, then each row less the first, paired by seed."""
+    """The table in Markdown: means and ranges, then each row less those before it, paired by seed."""
     seeds, columns, rows = TABLES[name]
     print(f"\n| {name} | paper | rate | " + " | ".join(columns) + " |\n" + "|---" * (3 + len(columns)) + "|")
-    for less_first in (False, True):
-        for row in rows[less_first:]:
-            cells = []
-            for column in columns:
-                values, first = scores(row, column, seeds), scores(rows[0], column, seeds)
-                if less_first:
-                    values = [None if None in pair else pair[0] - pair[1] for pair in zip(values, first)]
-                values = [value for value in values if value is not None]
-                cell = "-"
-                if values and less_first:
-                    mean, half = interval(values)
-                    cell = f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
-                elif values:
-                    cell = f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
-                cells.append(cell + (f", {len(values)} seeds" if 0 < len(values) < len(seeds) else ""))
-            rate = (row.rate() if row.flags is not None else None) or "-"
-            start = f"{row.name} | {row.paper} | {rate}"
-            if less_first:
-                start = f"{row.name} less {rows[0].name} | |"
-            print(f"| {start} | " + " | ".join(cells) + " |")
+
+    def print_row(start, cell, *of):
+        cells = []
+        for column in columns:
+            found = [values for values in zip(*(scores(row, column, seeds) for row in of)) if None not in values]
+            few = f", {len(found)} seeds" if len(found) < len(seeds) else ""
+            cells.append(cell(column, found) + few if found else "-")
+        print(f"| {start} | " + " | ".join(cells) + " |")
+
+    def mean_and_range(column, found):
+        values = [value for value, in found]
+        rate = f" at {row.rate(column):g}" if column in TASKS else ""
+        return f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f}){rate}"
+
+    def difference(_, found):
+        mean, half = interval([one - other for one, other in found])
+        return f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
+
+    for row in rows:
+        rate = row.rate() if row.flags is not None else None
+        print_row(f"{row.name} | {row.paper} | {rate or '-'}", mean_and_range, row)
+    for row in rows:
+        for other in rows[:rows.index(row)]:
+            print_row(f"{row.name} less {other.name} | |", difference, row, other)
 
 
 def draw_fig6(path):
     """The README's first picture: multiple choice on val during pre-training, of the seeds that are there."""
     _, _, rows = TABLES["table5"]
-    curves = {row: {seed: run["mc"] for seed in SEEDS if row.ready() and (run := row.job("mc", seed).result())}
+    curves = {row: {seed: run["mc"] for seed in SEEDS if row.rate() and (run := row.job("mc", seed).result())}
               for row in rows}
     both = [seed for seed in SEEDS if all(seed in found for found in curves.values())]
     if not both:
@@ -290,11 +317,11 @@ def main():
     for name in args.tables or TABLES:
         seeds, columns, rows = TABLES[name]
         minutes = sum(job.minutes() for job in missing(name))
-        for row in rows:
-            if not row.ready():                 # what comes once the rate is known
-                tasks = sum(column in TASKS for column in columns)
-                pretrains = MINUTES["pretrain.py"] * Config.toy().epochs
-                minutes += len(seeds) * (pretrains + tasks * MINUTES["finetune.py"])
+        for row in rows:                        # what comes once the rates are known
+            later = {column if column in TASKS else "pre-training" for column in columns
+                     if not row.needs(column, seeds)[1]}
+            minutes += len(seeds) * sum(MINUTES["finetune.py"] if column in TASKS else
+                                        MINUTES["pretrain.py"] * Config.toy().epochs for column in later)
         print(f"{name}: about {minutes / 120:.1f} hours to go")
     for name in args.tables:
         while not args.show and (jobs := missing(name)):        # the rates first, then what they decide

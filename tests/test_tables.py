@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,7 +70,8 @@ def test_all_tables_make_each_run_once_by_flags_that_the_scripts_take_and_fill_e
     assert not nothing and rows and {cell for row in rows for cell in row[3:]} == {"-"}
     made, rows = typed(*tables.TABLES)
     assert len({args.out for args in made}) == len(made) == len(tables.results())
-    assert {cell for row in rows for cell in row[3:]} <= {"10.0 (10.0-10.0)", "0.1 (0.1-0.1)", "+0.0"}
+    cells = {cell.removesuffix(f" at {BEST_RATE:g}") for row in rows for cell in row[3:]}
+    assert cells <= {"10.0 (10.0-10.0)", "0.1 (0.1-0.1)", "+0.0"}
     assert (tables.ROOT / "docs/mc.png").exists()
     shutil.rmtree(tables.RUNS)
     assert typed(*tables.TABLES) == ([], rows), "the results alone are enough"
@@ -84,7 +86,27 @@ def test_a_rate_is_chosen_on_val_by_a_seed_of_its_own_and_goes_on_from_the_edge(
     reported = (3e-4, ()), (BEST_RATE, ()), (BEST_RATE, ("mvm",))
     assert runs == [*((seed, *run) for seed in (1, 2) for run in reported),
                     *((tables.CHOICE_SEED, lr, ("mvm",)) for lr in (*tables.RATES, BEST_RATE, 2 * BEST_RATE))]
-    assert [row[2] for row in rows] == [str(BEST_RATE), str(BEST_RATE), "0.0003", "", ""]
+    assert [row[2] for row in rows] == [str(BEST_RATE), str(BEST_RATE), "0.0003", "", "", ""]
+
+
+def test_a_task_has_a_rate_for_each_row_and_a_twentieth_of_the_lines_to_train_on(typed, monkeypatch, tmp_path):
+    data = tmp_path / "set"
+    (data / "clips").mkdir(parents=True)
+    for split, lines in (("train", 40), ("test", 3)):
+        (data / f"qa_{split}.jsonl").write_text("".join(f"{n}\n" for n in range(lines)))
+    rows = tables.Row("from scratch"), replace(tables.BASE, at=3e-4)
+    monkeypatch.setitem(tables.TABLES, "mine", ([1, 2], ["QA, a twentieth"], rows))
+    made, printed = typed("mine", "--data", str(data))
+    tasks = [(args.seed, args.lr, Path(args.data)) for args in made if hasattr(args, "task")]
+    less = Path(tables.RUNS, "twentieth")
+    rates = *tables.RATES, BEST_RATE, 2 * BEST_RATE
+    assert sorted(tasks) == sorted(2 * [(1, BEST_RATE, less), (2, BEST_RATE, less),
+                                        *((tables.TASK_SEED, rate, less) for rate in rates)])
+    assert {args.lr for args in made if not hasattr(args, "task")} == {3e-4}
+    assert (less / "qa_train.jsonl").read_text().split() == ["0", "20"]
+    assert (less / "qa_test.jsonl").read_text().split() == ["0", "1", "2"]
+    assert (less / "clips").samefile(data / "clips")
+    assert [row[3] for row in printed] == 2 * [f"15.0 (10.0-20.0) at {BEST_RATE:g}"] + ["+0.0 ± 0.0"]
 
 
 def test_a_broken_run_ends_the_table_and_what_is_left_is_made_later(typed):
