@@ -228,7 +228,7 @@ class Task:
                 DataLoader workers get a copy of the task for it, so a task holds neither a model nor a run
     loss        is the mean over a part of a batch
     evaluate    gives {name: score} of a split, integers being counts
-    draw        makes a picture of what the last evaluation found
+    draw        makes a picture of what the last evaluation found, if the task has one
     """
     score, answers, baselines = "top1", (), {}
 
@@ -247,6 +247,9 @@ class Task:
 
     def clips(self, model, machine, run):
         return self.samples(self.splits["train"], train=True)
+
+    def draw(self, folder):
+        pass
 
 
 def is_right(logits, targets):
@@ -476,13 +479,8 @@ class Probe(Task):
     def evaluate(self, model, split, machine, run):
         features, targets = self.features[split]
         logits = model(features.to(machine.device)).cpu()
-        n, chosen = len(self.answers), logits.argmax(1)
-        self.confusion = (n * targets + chosen)[targets >= 0].bincount(minlength=n * n)
         kinds = [[self.answers[target]] if target >= 0 else [] for target in targets.tolist()]
         return accuracies("top1", is_right(logits, targets).tolist(), kinds) | {"clips": len(targets)}
-
-    def draw(self, folder):
-        plots.confusion(self.confusion, self.answers, folder / "confusion.png", f"{self.title}: test")
 
 
 class Features(torch.utils.data.TensorDataset):

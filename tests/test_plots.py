@@ -61,8 +61,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     (plots.contact_sheet, [[]], [[(flat_clip(), LONG)]]),
     (plots.codebook, [[]], [[(LONG, flat_clip(), [(LONG, 3.0), ("red", 0.1)])]]),
     (plots.masked, [[]], [[clip_of_codes(*PATCHES, PATCHES[1], LONG)]]),
-    (plots.curves, [[]], [[(LONG, {LONG: [(0, 1), (2, None), (5, 2)]}, {LONG: 1.5}, False)]]),
-    (plots.confusion, [[], []], [[[123456]], [LONG]])])
+    (plots.curves, [[]], [[(LONG, {LONG: [(0, 1), (2, None), (5, 2)]}, {LONG: 1.5}, False)]])])
 def test_every_picture_takes_no_entries_and_long_text(draw, nothing, long):
     page = drawn(draw, *nothing)
     assert (page < 200).any()
@@ -112,7 +111,7 @@ def test_masked_patches_are_framed_by_whether_the_code_is_right():
     assert (count(page[4], GREEN), count(page[4], RED)) == (green, red + frame)
 
 
-# ---- Retrieval and confusion -------------------------------------------------------------------------------
+# ---- Retrieval ---------------------------------------------------------------------------------------------
 
 def test_the_true_clip_is_framed_green_and_no_other():
     found, lost, first = (drawn(plots.retrieval, *query(v)) for v in (1, 2, 0))
@@ -120,12 +119,3 @@ def test_the_true_clip_is_framed_green_and_no_other():
     clips, frame = np.unique(where(lost, BLUE)[1]), where(found, GREEN)[1]
     assert clips.min() < frame.min() < clips[clips > frame.min()].min() and frame.max() > clips.max()
     assert count(first, GREEN) > count(found, GREEN)  # rank 1 is written in green
-
-
-def test_right_answers_are_green_and_wrong_ones_red():
-    right, wrong = (drawn(plots.confusion, counts, ["a", "b"])
-                    for counts in ([[3, 0], [0, 7]], [[0, 3], [7, 0]]))
-    assert count(right, GREEN) > 2 * 80 * 80 and count(right, RED) == 0
-    assert count(wrong, RED) > 2 * 80 * 80 and count(wrong, GREEN) == 0
-    y, x = where(wrong, RED)
-    assert y[x > x.mean()].max() < y[x < x.mean()].min()  # (a, b) lies above and to the right of (b, a)

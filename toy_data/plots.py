@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from toy_data.clips import read_clip, spans
 
@@ -237,29 +237,3 @@ def retrieval(rows, ranks, names, best, manifest, size, path, title="", queries=
             clip = ImageOps.expand(clip, 8, RIGHT if names[v] == rows[q]["video"] else PAPER)
             blocks.append(grid([clip, write(f"{score:.2f}", clip.width, SMALL)], 1, gap_below=2))
     save(path, title, blocks, 1 + best[0].shape[1], gap=20, gap_below=36)
-
-
-def confusion(counts, labels, path, title=""):
-    """counts: int (n, n), rows the true labels, columns the predicted ones. A square's colour is stronger
-    with its fraction of the row, and green where that is right. Many labels are drawn smaller."""
-    counts = np.asarray(counts).reshape(len(labels), len(labels))
-    side = min(88, max(8, 2600 // max(1, len(labels))))
-    face = font(min(SMALL, side // 2))
-    digits = font(min(SMALL, side // 2, 4 * side // (3 * len(str(counts.max(initial=0))))))
-    labels = [wrap(label, face, 300, most_lines=1)[0] for label in labels]
-    width, squares, below = round(max(map(face.getlength, labels), default=0)) + 2 * GAP, [], []
-    for i, label in enumerate(labels):
-        beside = Image.new("RGB", (width, side), PAPER)
-        ImageDraw.Draw(beside).text((width - GAP, side / 2), label, INK, face, anchor="rm")
-        squares.append(beside)
-        below.append(beside.rotate(90, expand=True))
-        for j, count in enumerate(counts[i]):
-            strong, fraction = ImageColor.getrgb(RIGHT if i == j else WRONG), count / max(1, counts[i].sum())
-            colour = tuple(round(255 + fraction * (channel - 255)) for channel in strong)
-            square = Image.new("RGB", (side, side), colour)
-            if count:
-                ImageDraw.Draw(square).text((side / 2, side / 2), str(count), INK, digits, anchor="mm")
-            squares.append(square)
-    legend = write("rows: true labels · columns: predicted labels", 800, SMALL, FAINT)
-    table = [*squares, Image.new("RGB", (1, 1), PAPER), *below]
-    save(path, title, labels and [legend, grid(table, 1 + len(labels), gap=1, gap_below=1)], gap_below=24)
