@@ -146,6 +146,18 @@ def test_the_full_set_has_its_questions_of_each_kind_and_its_share_of_held_out_p
     assert all({colour, shape} <= words for colour, shape in HELD_OUT)
 
 
+def test_what_an_answer_by_colours_alone_is_worth_as_readme_and_results_say():
+    """Whoever sees which colours are there, and guesses among the options that name just these."""
+    scores = defaultdict(list)
+    for row in synthetic.plan(10000, 0)[1]["mc_caption_test"]:
+        named = [Counter(word for thing in claim for word in thing if word in COLOURS) for claim in row["says"]]
+        scores["+".join(row["changed"])].append(1 / named.count(named[row["answer"]]))
+    percent = {changed: round(100 * np.mean(parts)) for changed, parts in scores.items()}
+    assert percent == {"colour": 100, "shape": 20, "colour+shape": 58, "binding": 60, "background": 20,
+                       "motion": 20, "size+colour": 60, "size+shape": 20}
+    assert round(100 * np.mean(scores["size+colour"] + scores["size+shape"])) == 39
+
+
 def test_all_words_of_val_and_test_occur_in_train_captions():
     for seed in range(3):
         _, files = synthetic.plan(500, seed)
