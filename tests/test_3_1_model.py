@@ -1,5 +1,4 @@
 """3.1, the model: every part against a plain computation in float64, Eq. (1), Eq. (2), Table 8."""
-import math
 import re
 import sys
 from dataclasses import fields, replace
@@ -8,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import plain
 import pytest
-import released
 import torch
 import torch.nn as nn
 from plain import near
 
 import evilm
 from evilm import (CLS, MASK, PAD, SEP, SPECIAL, UNK, Config, EdgeNeXt, EViLM, InputError,
-                   Transformer, WordPiece, multiply_adds, pad, quick_gelu, space_time_sines, table8)
+                   Transformer, WordPiece, multiply_adds, pad, space_time_sines, table8)
 
 SOURCE = Path(evilm.__file__).read_text()
 
@@ -43,13 +41,6 @@ def test_edgenext_against_a_plain_computation(randomise, depths, dims, kernels, 
     near(ours, expected, atol=1e-5)                                             # our sines are float32
 
 
-def test_edgenext_small_has_the_releases_keys_and_shapes():
-    with torch.device("meta"):
-        ours = {name: tuple(value.shape) for name, value in EdgeNeXt().state_dict().items()}
-    assert ours == {key: shape for key, shape in released.edgenext_small().items() if key[:4] != "head"}
-    assert sum(map(math.prod, ours.values())) == 5_281_832
-
-
 def test_edgenext_blocks_start_at_their_layer_scale():
     model = EdgeNeXt((1, 1, 1, 1), (8, 8, 8, 8), layer_scale=1e-3)
     gammas = [value for name, value in model.named_parameters() if "gamma" in name]
@@ -59,20 +50,6 @@ def test_edgenext_blocks_start_at_their_layer_scale():
 
 
 # ----------------------------------------------------------------------------------------- transformer layers
-
-CLIP = {"pre_norm": True, "activation": quick_gelu, "eps": 1e-5}
-
-
-@pytest.mark.parametrize("settings, computed", [({}, plain.bert), ({"pre_norm": True}, plain.pre_norm),
-                                                (CLIP, plain.clip)])
-def test_transformer_layers_against_a_plain_computation(randomise, settings, computed):
-    layers, x = randomise(Transformer(2, 24, 3, **settings).double()), torch.randn(3, 7, 24).double()
-    w, mask = plain.weights(layers), torch.arange(7) < torch.tensor([[7], [4], [1]])
-    with torch.no_grad():
-        near(layers(x), computed(x, w, 2, 3))
-        if computed is not plain.clip:                                          # which reads no padding
-            near(layers(x, mask), computed(x, w, 2, 3, mask))
-
 
 def test_dropout_is_on_in_training_alone_and_never_in_the_video_encoder(tiny):
     model = EViLM(replace(tiny, dropout=0.5))
@@ -304,7 +281,3 @@ def test_the_trace_names_the_line_of_each_step(monkeypatch, capsys, encoder):
             ("Eq. (4)", "VectorQuantizer"), ("Eq. (5)", "read_words"), ("Eq. (6)", "focal_loss"),
             ("3.2", "mask_frames")} <= set(steps)
     assert steps["Eq. (1)", "encode_video"] == ["(1, 4, 3, 128, 128)", "(1, 64, 96)"]
-    total, *terms = map(float, steps["Eq. (8)", "pretraining_loss"][1].split(", "))
-    assert len(terms) == 3 and total == pytest.approx(sum(terms), abs=0.003)
-    total, token, codes = map(float, steps["Eq. (7)", "svq_loss"][1].split(", "))
-    assert total == pytest.approx(Config.toy().word_weight * token + codes, abs=0.03)
