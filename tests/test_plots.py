@@ -1,11 +1,8 @@
 """The pictures that a run leaves: what is drawn is there, and odd input does not end a run."""
 import os
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageColor
 
 from toy_data import plots
@@ -13,11 +10,10 @@ from toy_data import plots
 GREEN, RED = (ImageColor.getrgb(colour) for colour in (plots.RIGHT, plots.WRONG))
 LONG = "A small red circle moves left, " * 40 + "Donaudampfschifffahrtsgesellschaft" * 20
 PATCHES = np.zeros((1, 3, 3), bool), np.full((1, 3, 3), 17)  # a mask without a masked patch, and codes
-BLUE = (90, 120, 200)
 
 
-def flat_clip(colour=BLUE, frames=4, height=96, width=96):
-    return np.tile(np.uint8(colour), (frames, height, width, 1))
+def flat_clip(frames=4):
+    return np.full((frames, 96, 96, 3), 120, np.uint8)
 
 
 def drawn(draw, *arguments, **options):
@@ -28,28 +24,14 @@ def drawn(draw, *arguments, **options):
         return np.array(page.convert("RGB"))
 
 
-def where(page, colour):
-    """The rows and columns of a colour's pixels."""
-    return np.nonzero((page == np.uint8(colour)).all(-1))
-
-
 def count(page, colour):
-    return len(where(page, colour)[0])
+    """The number of a colour's pixels."""
+    return int((page == np.uint8(colour)).all(-1).sum())
 
 
 def clip_of_codes(mask, true, predicted, caption="a caption"):
     frames = flat_clip(frames=len(mask))
     return {"frames": frames, "mask": mask, "true": true, "predicted": predicted, "caption": caption}
-
-
-def query(own):
-    """Arguments of `retrieval`: the query's clip is video `own` of 3, and video v has the v-th best score."""
-    names = ["0.npy", "1.npy", "2.npy"]
-    for name in names:
-        np.save(name, flat_clip())
-    rows, best = [{"caption": "a query", "video": names[own]}], torch.tensor([[[0.0, -1.0]], [[0, 1]]])
-    manifest = SimpleNamespace(video_path=lambda row: Path(row["video"]))
-    return rows, torch.tensor([own + 1]), names, (best[0], best[1].long()), manifest, 96
 
 
 @pytest.fixture(autouse=True)
@@ -85,21 +67,6 @@ def test_a_page_is_written_whole_or_not_at_all(monkeypatch):
     assert open("page.png", "rb").read() == before and os.listdir() == ["page.png"]
 
 
-# ---- Codes -------------------------------------------------------------------------------------------------
-
-def test_masked_patches_are_black_where_the_mask_is():
-    mask = np.zeros((2, 3, 3), bool)
-    mask[0, 0, 2] = mask[1, 1, 0] = mask[1, 2, 2] = True
-    true = np.full((2, 3, 3), 17)
-    page = drawn(plots.masked, [clip_of_codes(mask, true, true)])
-    y, x = where(page, BLUE)
-    top, left = y.min() + 192 + plots.GAP, x.min()
-    for t, row, column in np.ndindex(2, 3, 3):
-        start = left + t * (192 + plots.GAP) + column * 64
-        patch = page[top + row * 64:top + row * 64 + 64, start:start + 64]
-        assert (patch == ([0, 0, 0] if mask[t, row, column] else BLUE)).all()
-
-
 def test_masked_patches_are_framed_by_whether_the_code_is_right():
     mask, true = np.zeros((1, 3, 3), bool), np.full((1, 3, 3), 17)
     mask[0, 1, 1] = True
@@ -110,12 +77,3 @@ def test_masked_patches_are_framed_by_whether_the_code_is_right():
     assert (count(page[17], GREEN), count(page[17], RED)) == (green + frame, red)
     assert (count(page[4], GREEN), count(page[4], RED)) == (green, red + frame)
 
-
-# ---- Retrieval ---------------------------------------------------------------------------------------------
-
-def test_the_true_clip_is_framed_green_and_no_other():
-    found, lost, first = (drawn(plots.retrieval, *query(v)) for v in (1, 2, 0))
-    assert count(lost, GREEN) == 0
-    clips, frame = np.unique(where(lost, BLUE)[1]), where(found, GREEN)[1]
-    assert clips.min() < frame.min() < clips[clips > frame.min()].min() and frame.max() > clips.max()
-    assert count(first, GREEN) > count(found, GREEN)  # rank 1 is written in green
