@@ -110,26 +110,19 @@ def test_straight_through_copies_the_codes_gradient_to_the_encoder(quantizer):
     assert to_codes is None or not to_codes.any()
 
 
-def test_move_codes_moves_only_the_codes_asked_for_onto_given_vectors(quantizer):
-    before, vectors = quantizer.codebook.detach().clone(), 5 * torch.randn(30, 6)
-    for unused in (torch.arange(50) % 3 == 0, torch.zeros(50, dtype=torch.bool)):       # 17 of the 50, none
-        quantizer.move_codes(unused, vectors, torch.Generator().manual_seed(1))
-        assert torch.equal(quantizer.codebook[~unused], before[~unused])
-        assert len(quantizer(vectors)[1].unique()) >= 17                        # now they are nearest codes
-        before = quantizer.codebook.detach().clone()
-
-
-@pytest.mark.parametrize("vectors", [200, 50, 30])
-def test_move_codes_draws_without_replacement(quantizer, vectors):
+@pytest.mark.parametrize("asked, vectors", [(50, 200), (50, 50), (50, 30), (17, 30), (0, 30)])
+def test_move_codes_draws_without_replacement_for_the_codes_asked_for_alone(quantizer, asked, vectors):
     before, x = quantizer.codebook.detach().clone(), torch.randn(vectors, 6)
-    quantizer.move_codes(torch.ones(50, dtype=torch.bool), x, torch.Generator().manual_seed(1))
-    moved, after = min(50, vectors), quantizer.codebook.detach().clone()
-    nearness, drawn = (F.normalize(after[:moved], dim=-1) @ F.normalize(x, dim=-1).T).max(1)
-    near(nearness, torch.ones(moved), atol=1e-5)
-    assert len(drawn.unique()) == moved and drawn.tolist() != list(range(moved))
-    assert torch.equal(after[moved:], before[moved:])                           # codes without a vector stay
-    quantizer.move_codes(torch.ones(50, dtype=torch.bool), x, torch.Generator().manual_seed(1))
+    unused = torch.arange(50) >= 50 - asked                                     # the last of the 50
+    quantizer.move_codes(unused, x, torch.Generator().manual_seed(1))
+    moved, after = unused.nonzero()[:vectors, 0], quantizer.codebook.detach().clone()
+    nearness, drawn = (F.normalize(after[moved], dim=-1) @ F.normalize(x, dim=-1).T).max(1)
+    near(nearness, torch.ones(len(moved)), atol=1e-5)
+    assert len(drawn.unique()) == len(moved) and (not asked or drawn.tolist() != list(range(len(moved))))
+    quantizer.move_codes(unused, x, torch.Generator().manual_seed(1))
     assert torch.equal(quantizer.codebook, after)                       # it follows from the generator
+    after[moved] = before[moved]
+    assert torch.equal(after, before)                                   # no other code has moved
 
 
 # ---------------------------------------------------------------------------------------- Eq. (5), (6): words
