@@ -41,10 +41,10 @@ def save_folder(path, frames):
 
 
 def save_video(path, frames, *options):
-    """An mp4 that loses nothing: RGB in lossless H.264."""
+    """An mp4 that loses nothing: RGB in lossless H.264, after its table of contents."""
     count, height, width, _ = frames.shape
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "10", "-i", "-"]
-    lossless = ["-c:v", "libx264rgb", "-qp", "0", "-g", "5"]
+    lossless = ["-c:v", "libx264rgb", "-qp", "0", "-g", "5", "-movflags", "faststart"]
     command = ["ffmpeg", "-v", "error", "-y", *source, *lossless, *options, path]
     subprocess.run(command, input=frames.tobytes(), check=True)
 
@@ -191,23 +191,11 @@ def test_a_truncated_clip_is_broken_whichever_frames_are_wanted(clip, kind):
     path = clip(kind, frames)
     assert read_clip(path, lambda count: [0])[0].shape == (1, 48, 48, 3)
     whole = path.read_bytes()
-    end = 9 if kind != "mp4" else len(whole) // 2  # the last bytes of an mp4 hold no frame
-    for kept in (len(whole) * 3 // 4, len(whole) - end):
+    for kept in (len(whole) // 2, len(whole) * 3 // 4, len(whole) - 9):
         path.write_bytes(whole[:kept])
         with pytest.raises(BrokenClip, match=re.escape(str(path))) as error:
             read_clip(path, lambda count: [0])
         one_line(error)
-
-
-@needs_ffmpeg
-def test_a_video_cut_after_its_table_of_contents_is_broken(tmp_path):
-    rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (10, 32, 32, 3)).astype(np.uint8)
-    save_video(tmp_path / "clip.mp4", frames, "-movflags", "faststart")
-    whole = (tmp_path / "clip.mp4").read_bytes()
-    (tmp_path / "clip.mp4").write_bytes(whole[: len(whole) * 2 // 3])
-    with pytest.raises(BrokenClip, match="clip.mp4: cannot be decoded"):
-        read_clip(tmp_path / "clip.mp4", lambda count: [0])
 
 
 def test_an_enormous_clip_is_broken_before_it_is_decoded(tmp_path):
