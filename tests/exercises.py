@@ -20,7 +20,6 @@ import json
 import linecache
 import os
 import re
-import reprlib
 import sys
 import tempfile
 import textwrap
@@ -298,11 +297,8 @@ def shown(value):
         shape, value = tuple(value.shape), value.tolist()
         if len(str(value)) > 90:
             return f"a tensor {shape}"
-    short = reprlib.Repr()
-    short.repr_Size = short.repr_tuple          # torch.Size
-    short.maxlist = short.maxtuple = short.maxset = short.maxdict = 12
-    short.maxstring = short.maxother = 90
-    return short.repr(value)
+    text = repr(value)
+    return text if len(text) <= 90 else f"{text[:86]} ..."
 
 
 def difference(expected, got):
