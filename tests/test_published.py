@@ -91,9 +91,6 @@ def test_edgenext_small_computes_what_its_file_says(edgenext, tmp_path, name, wr
     assert sorted(report.filled) == sorted(network.state_dict()) and not report.left
     unused = [key for key in report.unused if not key.startswith("model_ema.")]
     assert [key.split(".")[-2:] for key in unused] == [["head", "weight"], ["head", "bias"]]
-    filled, left = str(report).splitlines()[1:3]
-    assert "212 (downsample_layers.0.0.weight, " in filled and filled.endswith(", ...)")
-    assert left.endswith(": none") and f"{len(report.unused)} ({unused[0]}, {unused[1]}" in str(report)
 
 
 def bert_vocabulary():
@@ -123,7 +120,6 @@ def test_bert_computes_what_its_file_says_of_the_models_words(bert, tmp_path, na
     with torch.no_grad():
         near(model.text_encoder(model.text_embedding(ids), mask)[:, :5], expected[:, :5])
     assert report.left == ["the word ours", "the word mine"]
-    assert "2 (the word ours, the word mine)" in str(report)
     rows = [model.vocab.index("ours"), model.vocab.index("mine")]
     assert torch.equal(model.text_embedding.words.weight[rows], before["text_embedding.words.weight"][rows])
     for key, value in model.state_dict().items():       # the text side is filled, and nothing else
