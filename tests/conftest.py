@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evilm import Config
+from evilm import Config, EViLM
 
 torch.set_num_threads(1)
 
@@ -31,6 +31,17 @@ def randomise():
                 p.copy_(noise / p[0].numel() ** 0.5 if p.ndim > 1 and p[0].numel() > 1 else 0.5 + 0.5 * noise)
         return module.eval()
     return draw
+
+
+@pytest.fixture
+def model(tiny, randomise):
+    return randomise(EViLM(tiny))
+
+
+@pytest.fixture
+def frames():
+    """Three clips for `tiny`."""
+    return torch.rand(3, 2, 3, 64, 64)
 
 
 @pytest.fixture(autouse=True)

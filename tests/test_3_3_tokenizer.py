@@ -15,11 +15,6 @@ def tokenizer(tiny, randomise):
     return randomise(SemanticTokenizer(tiny))
 
 
-@pytest.fixture
-def frames():
-    return torch.rand(3, 2, 3, 64, 64)
-
-
 # -------------------------------------------------------------------------------------------------------- ViT
 
 def test_vit_is_clips(randomise):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from evilm import (CLS, MASK, SEP, EViLM, joint_scores, mask_frames, mlm_loss, mvm_loss, pretraining_loss,
+from evilm import (CLS, MASK, SEP, joint_scores, mask_frames, mlm_loss, mvm_loss, pretraining_loss,
                    rank_of_truth, recalls, vtm_loss)
 
 LOSSES = [mvm_loss, mlm_loss, vtm_loss]
@@ -55,11 +55,6 @@ def test_a_loss_over_nothing_is_zero(loss):
 
 
 # -------------------------------------------------------------------------------------------- the masked pass
-
-@pytest.fixture
-def model(tiny, randomise):
-    return randomise(EViLM(tiny))
-
 
 @pytest.fixture
 def batch():

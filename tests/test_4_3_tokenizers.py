@@ -24,11 +24,6 @@ def make(tiny, randomise):
     return made
 
 
-@pytest.fixture
-def frames():
-    return torch.rand(3, 2, 3, 64, 64)
-
-
 # -------------------------------------------------------------------------------------------------- VideoSwin
 
 @pytest.mark.parametrize("T, window", [

@@ -23,11 +23,6 @@ from toy_data import BrokenClip, ClipCaptions, DataError, make_loader, open_spli
 CPU = Machine(torch.device("cpu"))
 
 
-@pytest.fixture
-def model(tiny, randomise):
-    return randomise(EViLM(tiny))
-
-
 def clips(tiny, n=3):
     return torch.rand(n, tiny.frames, 3, tiny.size, tiny.size)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import exercises
 import pytest
-import torch
 from exercises import EXERCISES, emptied, lines_of_cut, named, replaced, target_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,13 +39,8 @@ def why(process, tmp_path):
 
 @pytest.mark.slow
 @each
-def test_all_claims_hold_for_the_original(why, exercise):
+def test_all_claims_hold_for_the_original_and_none_for_the_emptied_part(why, exercise):
     assert why(exercise, SOURCE) == dict.fromkeys(exercise.claims)
-
-
-@pytest.mark.slow
-@each
-def test_no_claim_holds_for_the_emptied_part(why, exercise):
     found = why(exercise, emptied(SOURCE, exercise))
     assert list(found) == list(exercise.claims)
     for reasons in found.values():
@@ -131,17 +125,6 @@ def test_the_cut_takes_the_part_alone_and_leaves_the_docstring(exercise):
     for test in exercise.claims:
         file, name = test.split("::")
         assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text()
-
-
-@pytest.mark.parametrize("assertion, lines", [
-    ("a == 2 and b == 3", ["expected  3", "got       5"]),
-    ("torch.equal(x, 2 * x)", ["expected  [2, 4]", "got       [1, 2]"]),
-    ("(x == b).all()", ["expected  5", "got       [1, 2]"]),
-    ("x.sum() > b", ["expected  x.sum() > b", "got       x.sum() = 3, b = 5"]),
-    ("not any(i == 2 for i in x)", ["expected  not any((i == 2 for i in x))", "got       x = [1, 2]"])])
-def test_what_an_assertion_expected_and_got(assertion, lines):
-    names = {"a": 2, "b": 5, "x": torch.tensor([1, 2]), "torch": torch}
-    assert exercises.judged(ast.parse(assertion, mode="eval").body, names) == lines
 
 
 RANK = named("recall-at-k")

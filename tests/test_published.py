@@ -304,9 +304,9 @@ PAPER_FLAGS = ["--preset=paper", "--lr=0", *(f"--config={size}" for size in (
 
 
 def test_both_stages_start_from_published_weights(edgenext, bert, tmp_path):
-    def trained(script, *flags, **how):
+    def trained(script, *flags):
         flags += tuple("--data clips --workers 0 --batch-size 4 --max-steps 1 --device cpu".split())
-        return run(script, *flags, folder=tmp_path, hook=train_only, **how)
+        return run(script, *flags, folder=tmp_path, hook=train_only)
 
     clip = released.random_weights(released.clip_openai(layers=1))
     toy_data.render(tmp_path / "clips", 45)
@@ -332,8 +332,3 @@ def test_both_stages_start_from_published_weights(edgenext, bert, tmp_path):
     w = torch.load(tmp_path / "tokenizer/last.pt", weights_only=True)["model"]
     assert torch.equal(w["encoder.patch.weight"], clip["visual.conv1.weight"])
     assert torch.equal(w["encoder.blocks.0.norm2.bias"], clip["visual.transformer.resblocks.0.ln_2.bias"])
-
-    printed = trained("train_tokenizer.py", "--init-tokenizer=clip.pt", "--out=bad", expect=2)
-    line = printed.splitlines()[-1]                                                 # of the toy preset
-    assert printed.count("error:") == 1 and line.startswith("error: clip.pt: visual.")
-    assert "ViT-B/32 fits --preset paper" in line and not (tmp_path / "bad").exists()
