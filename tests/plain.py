@@ -72,11 +72,6 @@ def pre_norm(x, w, layers, heads, seen=None, at="", eps=1e-12, activation=gelu):
     return x
 
 
-def clip(x, w, layers, heads, at=""):
-    """CLIP's layers."""
-    return pre_norm(x, w, layers, heads, at=at, eps=1e-5, activation=quick_gelu)
-
-
 def sines(T, g, width):
     """(T*g*g, width): sine and cosine of frame, then of row, then of column, at width // 6 frequencies."""
     waves, rows = width // 6, []

@@ -24,7 +24,8 @@ def test_vit_is_clips(randomise):
     with torch.no_grad():
         ours = vit(x)
     assert ours.shape == (2, 9, 24)                                             # no CLS, no last norm
-    near(ours, plain.clip(plain.norm(tokens, w, "norm", 1e-5), w, 3, 4, "blocks.")[:, 1:])
+    tokens = plain.norm(tokens, w, "norm", 1e-5)
+    near(ours, plain.pre_norm(tokens, w, 3, 4, None, "blocks.", 1e-5, plain.quick_gelu)[:, 1:])
 
 
 def test_frames_are_embedded_in_clips_scale_in_order(tokenizer, frames):

@@ -32,11 +32,8 @@ def test_eq3_and_eq8_terms(loss):
     half = loss(logits.bfloat16(), targets)
     assert half.dtype == torch.float32
     assert float(half) == pytest.approx(cross_entropy(logits.bfloat16().float(), targets), rel=1e-5)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_loss_stays_finite_where_a_probability_underflows(loss):
-    assert float(loss(torch.tensor([[200.0, 0.0]]), torch.tensor([1]))) == pytest.approx(200)
+    assert float(loss(torch.tensor([[200.0, 0.0]]), torch.tensor([1]))) == pytest.approx(200), \
+        "where a probability underflows the loss stays finite"
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -17,6 +17,7 @@ import finetune
 from evilm import (Choice, Config, EViLM, FastRetrieval, InputError, LinearProbe, Machine, WordPiece,
                    contrastive_loss, recalls, score_choices, score_retrieval)
 from plain import assert_trained_alike
+from test_manifest import write
 from test_scripts import end, metrics, same, start_two, weights
 from toy_data import BrokenClip, ClipCaptions, DataError, make_loader, open_splits, render
 
@@ -33,10 +34,6 @@ def texts(tiny, n=3, options=None):
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[..., -2:] = False
     return ids * mask, mask
-
-
-def rows(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 # ------------------------------------------------------------------------------------------------------ heads
@@ -193,7 +190,7 @@ def elsewhere(home, files, folder, change=lambda name, lines: lines):
     """The files of a task in another folder, changed: change(split, lines) -> lines."""
     for name, manifest in open_splits(home / "clips", files).items():
         lines = [row | {"video": str(home / "clips" / row["video"])} for row in manifest]
-        rows(folder / (f"{files}_{name}.jsonl" if files else f"{name}.jsonl"), change(name, lines))
+        write(folder / (f"{files}_{name}.jsonl" if files else f"{name}.jsonl"), change(name, lines))
 
 
 def task_of(home, *flags, data="clips"):
@@ -245,7 +242,7 @@ def test_zero_shot_scores_the_pretrained_model_by_its_2_way_head(go, home, tmp_p
 @pytest.mark.parametrize("scoring", ["fast", "joint"])
 def test_retrieval_ranks_a_video_once_however_many_captions_name_it(home, tmp_path, scoring):
     elsewhere(home, "", tmp_path, lambda name, lines: lines[:6] * 20 if name == "test" else lines[:6])
-    rows(tmp_path / "val.jsonl", list(open_splits(tmp_path)["test"])[:6])
+    write(tmp_path / "val.jsonl", list(open_splits(tmp_path)["test"])[:6])
     task, model = task_of(home, "retrieval", "--scoring", scoring, data=tmp_path), pretrained(home)[0]
     found = {}
     for split, captions in (("val", 6), ("test", 120)):     # more than are scored at once
@@ -396,7 +393,7 @@ def test_an_own_set_may_have_any_number_of_options(go, home, tmp_path):
     last, printed = go("mc", "--set", "mine", "--out", str(tmp_path / "out"), data=tmp_path)
     assert last["chance"] == pytest.approx(1 / 3) and "33.3%" in printed
     val = list(open_splits(tmp_path, "mc_mine")["val"])
-    rows(tmp_path / "mc_mine_val.jsonl", [val[0], val[1] | {"options": list("abcd")}])
+    write(tmp_path / "mc_mine_val.jsonl", [val[0], val[1] | {"options": list("abcd")}])
     with pytest.raises(DataError, match=r"mc_mine_val.jsonl:2: has 4 options, where .*test.jsonl:1 has 3"):
         go("mc", "--set", "mine", data=tmp_path)
 

@@ -18,6 +18,7 @@ import torch._dynamo            # loaded here once; each process below would loa
 
 import evilm
 import toy_data
+from evilm import read_metrics as metrics
 from plain import assert_trained_alike
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,10 +107,6 @@ def send(number, rank=0):
 def train_only():
     """A hook: the script ends before the final evaluation and the pictures."""
     evilm.Run.report_speed = lambda run: sys.exit()
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(folder, name="last"):
