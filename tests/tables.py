@@ -40,7 +40,8 @@ T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 ZERO_SHOT = ("vtm", "mlm", "mc", "r1", "r10")
 WITHOUT, WITH = "--tokenizer none --objectives vtm,mlm", "--objectives vtm,mlm,mvm"
 TASKS = {"QA": ("qa", "top1"), "retrieval": ("retrieval", "r1"), "probe": ("probe", "top1"),
-         "QA, a twentieth": ("qa --epochs 10", "top1"), "retrieval, a twentieth": ("retrieval --epochs 20", "r1")}
+         "QA, a twentieth": ("qa --epochs 10", "top1"),
+         "retrieval, a twentieth": ("retrieval --epochs 20", "r1")}
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,15 @@ class Job:
         usual = {"train_tokenizer.py": Config.toy().tokenizer_epochs, "pretrain.py": Config.toy().epochs}
         epochs = re.search(r"--epochs (\d+)", self.flags)
         own = MINUTES[self.script] * (int(epochs[1]) if epochs else usual.get(self.script, 1))
-        return own / (20 if self.twentieth else 1) + sum(job.minutes() for _, job in self.begins if not (job.folder / "best.pt").exists())
+        own /= 20 if self.twentieth else 1
+        return own + sum(job.minutes() for _, job in self.begins if not (job.folder / "best.pt").exists())
 
 
 LOCKS = defaultdict(threading.Lock)             # two rows may begin from the same run
 
 
 def twentieth(data):
-    """A folder beside the runs with the clips of `data`, every 20th line to train on and all others -> path."""
+    """A folder beside the runs with the clips of `data`, every 20th line to train on, and all others."""
     folder = RUNS / "twentieth"
     with LOCKS["twentieth"]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,10 +170,10 @@ class Row:
         rate = rate or self.rate(column)
         if column not in TASKS:
             return self.pretrained(seed, rate)
-        init, begins = " --init none", ()
-        if self.flags is not None:
-            init, begins = "", (("--init", self.pretrained(seed, self.rate())),)
-        return Job("finetune.py", f"{TASKS[column][0]} --lr {rate:g}{init}", seed, begins, "twentieth" in column)
+        flags, less = f"{TASKS[column][0]} --lr {rate:g}", "twentieth" in column
+        if self.flags is None:
+            return Job("finetune.py", f"{flags} --init none", seed, (), less)
+        return Job("finetune.py", flags, seed, (("--init", self.pretrained(seed, self.rate())),), less)
 
     def tried(self, column=None):
         """The runs that choose the rate, {rate: run}: extended until the best is not at the edge."""
@@ -185,7 +187,7 @@ class Row:
             rates = sorted([*rates, best / 2 if best == rates[0] else best * 2])
 
     def rate(self, column=None):
-        """The best rate on val, a task's or else pre-training's; None where a run that chooses it is missing."""
+        """The best rate on val, a task's or pre-training's; None where a run that chooses it is missing."""
         if column not in TASKS and (self.at or self.rates_of):
             return self.at or self.rates_of.rate()
         runs, best = self.tried(column)
@@ -205,8 +207,8 @@ MASKED = Row("masked, nothing predicted", WITH + " --config mvm_weight=0.0", "")
 FULL = Row("VTM+MLM+MVM", WITH, "", "MC 89.2, R@10 64.4")
 ATTRIBUTES = tuple(f"mc_{name}" for name in "colour shape binding background motion unseen".split())
 LONGER = (replace(BASE, flags=WITHOUT + " --epochs 8", at=5e-4),
-          *(Row(f"VTM+MLM+MVM, tokenizer of {250 * epochs:,} steps", WITH + " --epochs 8", f"--epochs {epochs}",
-                FULL.paper, at=5e-4) for epochs in (1, 4)))
+          *(Row(f"VTM+MLM+MVM, tokenizer of {250 * epochs:,} steps", WITH + " --epochs 8",
+                f"--epochs {epochs}", FULL.paper, at=5e-4) for epochs in (1, 4)))
 TABLES = {          # seeds, columns, rows; the rows are compared with the first
     "table5": (SEEDS, (*ZERO_SHOT, "mlm_other", *ATTRIBUTES, "mvm", "mvm_mode", "mvm_copy", "distinct"), (
         BASE, FULL)),
@@ -267,7 +269,8 @@ def show(name):
     def print_row(start, cell, *of):
         cells = []
         for column in columns:
-            found = [values for values in zip(*(scores(row, column, seeds) for row in of)) if None not in values]
+            found = zip(*(scores(row, column, seeds) for row in of))
+            found = [values for values in found if None not in values]
             few = f", {len(found)} seeds" if len(found) < len(seeds) else ""
             cells.append(cell(column, found) + few if found else "-")
         print(f"| {start} | " + " | ".join(cells) + " |")

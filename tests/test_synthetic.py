@@ -150,7 +150,8 @@ def test_what_an_answer_by_colours_alone_is_worth_as_readme_and_results_say():
     """Whoever sees which colours are there, and guesses among the options that name just these."""
     scores = defaultdict(list)
     for row in synthetic.plan(10000, 0)[1]["mc_caption_test"]:
-        named = [Counter(word for thing in claim for word in thing if word in COLOURS) for claim in row["says"]]
+        named = [Counter(word for thing in claim for word in thing if word in COLOURS)
+                 for claim in row["says"]]
         scores["+".join(row["changed"])].append(1 / named.count(named[row["answer"]]))
     percent = {changed: round(100 * np.mean(parts)) for changed, parts in scores.items()}
     assert percent == {"colour": 100, "shape": 20, "colour+shape": 58, "binding": 60, "background": 20,

@@ -87,7 +87,7 @@ def test_a_rate_is_chosen_on_val_by_a_seed_of_its_own_and_goes_on_from_the_edge(
     assert [row[2] for row in rows] == [str(BEST_RATE), str(BEST_RATE), "0.0003", "", "", ""]
 
 
-def test_a_task_has_a_rate_for_each_row_and_a_twentieth_of_the_lines_to_train_on(typed, monkeypatch, tmp_path):
+def test_a_task_has_a_rate_for_each_row_and_a_twentieth_of_the_lines(typed, monkeypatch, tmp_path):
     data = tmp_path / "set"
     (data / "clips").mkdir(parents=True)
     for split, lines in (("train", 40), ("test", 3)):
