@@ -1570,6 +1570,8 @@ def make_vocabulary(args, config, texts, machine):
         wordpiece = published.keep_frequent(texts, min(1.0, config.vocab_rows / len(published)))
     else:
         wordpiece = WordPiece.from_captions(texts, config.vocab_rows)
+        if len(wordpiece) == config.vocab_rows:
+            machine.print("rarer words are read as [UNK]; --config vocab_rows=NUMBER has room for more")
     if len(wordpiece) <= len(SPECIAL):
         raise InputError(f"--data {args.data}: its texts hold no words, or --vocab no word of them")
     machine.print(f"vocabulary: {len(wordpiece):,} entries, {len(SPECIAL)} of them special tokens")
@@ -1799,10 +1801,11 @@ class Run:
     def restore(self, checkpoint):
         path, about = checkpoint["path"], self.about
         theirs = asdict(checkpoint["config"]) | checkpoint.get("settings", {})
-        for name, value in {**about["config"], **about["settings"], "vocab": about["vocab"]}.items():
-            was = checkpoint["vocab"] if name == "vocab" else theirs.get(name)
+        words = {name: about.get(name) for name in ("vocab", "answers")}
+        for name, value in {**about["config"], **about["settings"], **words}.items():
+            was = checkpoint.get(name) if name in words else theirs.get(name)
             if was != value:
-                change = "" if name == "vocab" else f" ({was}, now {value})"
+                change = "" if name in words else f" ({was}, now {value})"
                 raise InputError(f"{path} was trained with another {name}{change}: resume with the flags it "
                                  "began with, or choose another --out")
         fill(self.model, checkpoint)
@@ -1858,7 +1861,7 @@ class Run:
 
     def open_folder(self):
         """A folder for a new run; an older run in it is moved aside."""
-        if any(self.folder.glob("*.pt")):
+        if any(file.stat().st_size for name in ("*.pt", "metrics.jsonl") for file in self.folder.glob(name)):
             aside = next(p for i in range(1, 10**6) if not (p := Path(f"{self.folder}.{i}")).exists())
             self.folder.rename(aside)
             self.machine.print(f"{self.folder} held an older run, which is now {aside}; --resume would go on")
@@ -1921,6 +1924,7 @@ def read_metrics(folder):
 
 
 # -------------------------------------------------------- Scoring of clips and captions, for two scripts
+ROUNDING = 1e-5         # equal inputs in other places of a batch give scores that differ by less: ties
 
 
 @torch.no_grad()
@@ -1970,7 +1974,7 @@ def score_retrieval(model, captions, loader, wordpiece, machine, run, shown=5):
             text, mask = encode_captions(model.encode_text, texts, wordpiece, config, machine)
             with machine.autocast():
                 scores = joint_scores(model, video, text, mask)                             # (q, V)
-        tolerance = 1e-6 if fast else 0.0               # equal vectors, rounded, are ties
+        tolerance = 1e-6 if fast else ROUNDING
         ranks.append(rank_of_truth(scores, truth.to(scores.device), tolerance).cpu())
         best.append([x.cpu() for x in scores.topk(min(shown, len(place)))])
     return rows, torch.cat(ranks), list(place), [torch.cat(parts) for parts in zip(*best)]
@@ -1987,7 +1991,7 @@ def score_choices(model, loader, wordpiece, machine, run):
         text, mask = encode_captions(model.encode_text, row["options"], wordpiece, model.config, machine)
         with machine.autocast():
             scores = model.match(video.expand(len(text), -1, -1), text, mask)[None].cpu()
-        right.append(bool(rank_of_truth(scores, torch.tensor([row["answer"]])) == 1))
+        right.append(bool(rank_of_truth(scores, torch.tensor([row["answer"]]), ROUNDING) == 1))
         kinds.append(changed_and_unseen(row))
     return accuracies("mc", right, kinds)
 
@@ -1995,7 +1999,8 @@ def score_choices(model, loader, wordpiece, machine, run):
 def changed_and_unseen(row):
     """What a question's options differ in, such as "shape", or "colour+shape", where knowing one of the two
     helps; and "unseen" where the clip shows a combination that training never had."""
-    changed = ["+".join(row["changed"])] if row.get("changed") else []
+    names = row.get("changed") if isinstance(row.get("changed"), list) else []      # your rows may differ
+    changed = ["+".join(map(str, names))] if names else []
     return [*changed, "unseen"] if row.get("unseen") else changed
 
 

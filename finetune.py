@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from evilm import (Choice, Config, EViLM, FastRetrieval, InputError, LinearProbe, Parser, Run, WordPiece,
-                   accuracies, at_least, changed_and_unseen, configure, contrastive_loss, encode_captions,
-                   encode_clips, fill, freeze, load, make_optimizer, make_vocabulary, pad, rank_of_truth,
-                   read_metrics, recalls, run_script, score_retrieval, set_up, shared_flags, start_centred,
-                   vtm_loss, vtm_targets)
+from evilm import (ROUNDING, Choice, Config, EViLM, FastRetrieval, InputError, LinearProbe, Parser, Run,
+                   WordPiece, accuracies, at_least, changed_and_unseen, configure, contrastive_loss,
+                   encode_captions, encode_clips, fill, freeze, load, make_optimizer, make_vocabulary, pad,
+                   rank_of_truth, read_metrics, recalls, run_script, score_retrieval, set_up, shared_flags,
+                   start_centred, vtm_loss, vtm_targets)
 from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, collate, find_clips, make_loader,
                       open_split, open_splits, plots, read_clip, render_if_missing, spans)
 
@@ -43,7 +43,7 @@ def parse(argv=None):
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     add = {name: commands.add_parser(name, help=task.title).add_argument for name, task in TASKS.items()}
     for name in TASKS:
-        shared_flags(commands.choices[name], out=f"runs/{name}")
+        shared_flags(commands.choices[name], out=f"runs/{name}, or as runs/mc-action-zero-shot")
         commands.choices[name].set_defaults(out=None, set="", see="", scoring="", zero_shot=False)
         add[name]("--init", default="runs/pretrain", metavar="PATH|none", help="run of pretrain.py or of "
                   "retrieval --scoring joint; none: from scratch (default: runs/pretrain)")
@@ -160,7 +160,7 @@ def begin(args, checkpoint, splits, machine):
         raise InputError(f"--init {args.init} was trained with --preset {checkpoint['config'].preset}")
     config = with_settings(checkpoint["config"], args)
     wordpiece = WordPiece(checkpoint["vocab"]).add_words(texts, config.vocab_rows)
-    if args.zero_shot:
+    if args.zero_shot or len(wordpiece) == config.vocab_rows:
         name_unknown(wordpiece, texts_of(splits["test"]), machine)
     model = EViLM(replace(config, vocab_size=len(wordpiece)))
     fill(model, checkpoint)
@@ -179,7 +179,7 @@ def with_settings(config, args):
     """The Config with the task's SETTINGS, changed by --config and by the flags that are given."""
     names = "epochs", "lr", "batch_size"
     settings = dict(zip(names, SETTINGS[args.task][args.preset]))
-    if args.task == "mc" and args.preset == "toy":
+    if args.task == "mc" and args.preset == "toy" and not args.zero_shot:
         settings |= SYNTHETIC_SETS.get(args.set, {})
     return configure(replace(config, **settings), args, **{name: name for name in names})
 
@@ -254,7 +254,7 @@ class Task:
 
 def is_right(logits, targets):
     """Where the target alone has the largest logit, -1 being no target: (B, n), (B,) -> bool (B,)."""
-    return (rank_of_truth(logits, targets.clamp(min=0)) == 1) & (targets >= 0)
+    return (rank_of_truth(logits, targets.clamp(min=0), ROUNDING) == 1) & (targets >= 0)
 
 
 class Choices(Task):
@@ -369,8 +369,9 @@ class Retrieval(Task):
         self.fast = self.args.scoring == "fast"
         self.title += f", {self.args.scoring}"
         self.baselines = {"chance of r1": 1 / len(self.splits["test"].each_video())}
-        if self.fast and self.args.accumulate > 1:
-            raise InputError("--accumulate: fast retrieval contrasts each clip with the whole batch")
+        if self.fast and (self.args.accumulate > 1 or self.config.batch_size == 1):
+            raise InputError("fast retrieval contrasts each clip with the whole batch: use no --accumulate, "
+                             "and a --batch-size of two or more")
 
     def head(self, model):
         return FastRetrieval(model) if self.fast else freeze(model, "mlm_head", "mvm_head")
@@ -446,10 +447,8 @@ class Probe(Task):
     title, files = "Activity recognition, linear probe", "action"
 
     def prepare(self, machine):
-        samples = min(self.config.batch_size, len(self.splits["train"]))
-        if machine.world_size * self.args.accumulate > 1 or samples == 1:
-            raise InputError("probe: its norm is over the whole batch; use one process, no --accumulate, and "
-                             "a --batch-size and clips of two or more")
+        if machine.world_size * self.args.accumulate > 1:
+            raise InputError("probe: its norm is over the whole batch; use one process and no --accumulate")
         counts = Counter(row["label"] for row in self.splits["train"])
         self.answers = sorted(counts)
         majority = counts.most_common(1)[0][0]
@@ -465,6 +464,8 @@ class Probe(Task):
             features, rows = encode_clips(model.features, self.loader(manifest, collate), machine, run)
             targets = torch.tensor([number.get(row["label"], -1) for row in rows])
             self.features[split] = features.float().cpu(), targets
+        if min(self.config.batch_size, len(self.features["train"][1])) == 1:
+            raise InputError("probe: its norm needs a --batch-size and clips of two or more")
         self.args.workers = 0                           # what is left to read lies in memory
         return Features(*self.features["train"])
 

@@ -1,7 +1,7 @@
 """Stage 1: the semantic vector-quantized video tokenizer (3.3), which reads a caption's words from codes.
 
     python train_tokenizer.py                           the toy preset on the synthetic set
-    python train_tokenizer.py --data my_clips --preset paper --init-tokenizer ViT-B-32.pt --device cuda
+    python train_tokenizer.py --data my_clips --preset paper --init-tokenizer clip_vit_b32.safetensors
     python train_tokenizer.py --target pixels           for Tables 6 and 7; so --encoder videoswin, --loss bce
     torchrun --nproc-per-node=2 train_tokenizer.py      several processes
 
@@ -113,7 +113,8 @@ def train(args):
     loader = make_loader(clips, batches, make_batch, args.workers)
     held_out = make_loader(val, collate=make_batch, workers=args.workers, most=EVALUATED)
     loss_name, _ = METRICS[config.tokenizer_target]
-    warm, evaluate_every = round(config.tokenizer_warm * steps), max(100, math.ceil(steps / 10))
+    warm = min(round(config.tokenizer_warm * steps), steps - 1)         # the last step has codes
+    evaluate_every = max(100, math.ceil(steps / 10))
     machine.print(f"tokenizer: {len(clips):,} clips, {steps:,} steps of {batches.batch_size}, {machine}")
     for batch in run.batches(loader, steps, config.tokenizer_lr, config.warmup):
         if run.step == warm > 0:
@@ -142,7 +143,7 @@ def train(args):
             run.check_finite()
             if machine.rank == 0:
                 scores = evaluate(tokenizer, held_out, run, args, machine)
-                run.evaluated(-math.inf if run.step < warm else -scores[loss_name], **scores,
+                run.evaluated(-math.inf if run.step <= warm else -scores[loss_name], **scores,
                               **gradients_at_encoder(tokenizer, part, args))
                 machine.print(f"step {run.step:,}, val: {report(config, scores)}")
             machine.barrier()

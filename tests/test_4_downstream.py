@@ -237,6 +237,7 @@ def test_zero_shot_scores_the_pretrained_model_by_its_2_way_head(go, home, tmp_p
     elsewhere(home, "", tmp_path, lambda name, lines: [lines[0] | {"caption": "a quick red fox"}, *lines[1:]])
     printed = go("retrieval", "--zero-shot", data=tmp_path)[1]
     assert "unknown words" in printed and "quick" in printed and "fox" in printed and " red" not in printed
+    assert "held an older run" in printed and (home / "runs/retrieval-zero-shot-joint.1").exists()
 
 
 @pytest.mark.parametrize("scoring", ["fast", "joint"])

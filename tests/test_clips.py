@@ -262,6 +262,11 @@ def test_a_folder_of_a_videos_frames_is_read_in_its_place_and_the_run_says_so_on
     assert np.array_equal(read_clip(videos.video_path(videos[4]))[0], frames)
     assert videos.video_path(videos[3]) == tmp_path / "3.gif" and videos[4]["video"] == "4.gif"
     assert list(find_clips(tmp_path)) == ["0.gif", "1.gif", "2.gif", "3.gif", "5.gif", "4"]
+    shutil.copytree(tmp_path / "4", tmp_path / "2")             # another clip's folder, with a clip in it
+    shutil.copy(tmp_path / "0.gif", tmp_path / "2/other.gif")
+    shutil.copytree(tmp_path / "4", tmp_path / "4.1")           # whose name has no suffix
+    assert videos.video_path(videos[2]) == tmp_path / "2.gif" and "2.gif" in find_clips(tmp_path)
+    assert videos.video_path({"video": "4.1"}) == tmp_path / "4.1"
     (tmp_path / "4" / "frame7.png").write_bytes(b"broken")
     with pytest.raises(BrokenClip, match="frame7.png: cannot be decoded"):
         read_clip(videos.video_path(videos[4]))

@@ -241,18 +241,27 @@ def test_best_is_chosen_alike_with_mvm_and_without():
         assert chosen_by == pytest.approx(expected)
 
 
-def begin(folder, resume=False):
+def begin(folder, resume=False, **extra):
     """A run of one weight, as the scripts begin it."""
     args = Namespace(out=str(folder), seed=0, resume=resume, save_every=1, strict=False)
     model = torch.nn.Linear(1, 1)
     optimizer = make_optimizer(model, 1e-3, 0.0, CPU.device)
-    return Run(args, "pretrain", Config.toy(), ["a"], CPU, model, optimizer, sums={"losses": torch.zeros(2)})
+    sums = {"losses": torch.zeros(2)}
+    return Run(args, "pretrain", Config.toy(), ["a"], CPU, model, optimizer, sums=sums, **extra)
 
 
 def step(run):
     run.model(torch.ones(1)).sum().backward()
     run.sums["losses"] += run.step + 1
     run.optimise(torch.tensor(1.0))
+
+
+def test_a_run_whose_answers_changed_their_order_is_not_resumed(tmp_path):
+    step(run := begin(tmp_path, answers=["red", "blue"]))
+    run.save_last()
+    assert begin(tmp_path, resume=True, answers=["red", "blue"]).step == 1
+    with pytest.raises(InputError, match="another answers"):
+        begin(tmp_path, resume=True, answers=["blue", "red"])
 
 
 def test_a_resumed_run_drops_evaluations_after_its_step(tmp_path):

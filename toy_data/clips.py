@@ -169,6 +169,16 @@ def is_image(name):
     return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
+def is_video(name):
+    return Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")
+
+
+def holds_frames(folder):
+    """Whether a path is a folder of frames: it holds images and no videos."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return any(map(is_image, names)) and not any(map(is_video, names))
+
+
 def read_array(path, choose, size):
     """A .npy of uint8 (frames, H, W, 3), memory-mapped: only the wanted frames are read from disk."""
     frames = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -253,8 +263,8 @@ def spans(count, frames, generator=None):
 def find_clips(folder):
     """{name: path} of all clips in a folder and in those inside it, without hidden files, in path order.
 
-    A folder that holds images and no videos is one clip, and stands for a video of its name beside it. Names
-    are relative to `folder` and safe to print.
+    A folder of frames is one clip, and stands for a video of its name beside it. Names are relative to
+    `folder` and safe to print.
     """
     folder, found = Path(folder), {}
     if not folder.is_dir():
@@ -262,9 +272,9 @@ def find_clips(folder):
                         "give a folder of clips")
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        clips = [Path(place, name) for name in sorted(files) if not name.startswith(".")
-                 and Path(name).suffix.lower() in VIDEO_SUFFIXES and Path(name).stem not in folders]
-        if not clips and Path(place) != folder and any(map(is_image, files)):
+        clips = [Path(place, name) for name in sorted(filter(is_video, files))
+                 if not holds_frames(Path(place, name).with_suffix(""))]
+        if Path(place) != folder and holds_frames(place):
             clips = [Path(place)]
         found |= {printable(str(clip.relative_to(folder))): clip for clip in clips}
     if not found:
@@ -338,10 +348,10 @@ class Manifest(Sequence):
 
     def video_path(self, row):
         """Where the video of a row (a dict) is: paths in a manifest are relative to its folder. A folder of
-        that name without its suffix holds frames that were extracted from it, and is read in its place."""
+        frames of that name without its suffix was extracted from it, and is read in its place."""
         path = self.folder / row["video"]
-        frames = os.path.splitext(path)[0]
-        return Path(frames) if os.path.isdir(frames) else path
+        frames = Path(os.path.splitext(path)[0])
+        return frames if not path.is_dir() and holds_frames(frames) else path
 
 
 def check_lines(path, fields):
