@@ -7,8 +7,8 @@ block, so nothing overlaps. Sizes are twice those on a screen, which keeps the p
 
 import colorsys
 import os
+import textwrap
 import unicodedata
-from bisect import bisect_right
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,28 +37,11 @@ def drawable(text):
     return "".join(letter if " " <= letter <= "~" or letter in "·‘’“”" else "?" for letter in letters)
 
 
-def wrap(text, face, width, most_lines):
-    """Lines at most `width` wide. Three dots stand for the words that do not fit in `most_lines` of them."""
-    lines = [""]
-    for word in drawable(text).split():
-        if lines[-1] and face.getlength(f"{lines[-1]} {word}") > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-        while face.getlength(line := lines[-1]) > width and len(line) > 1:  # one word, longer than a line
-            cut = max(1, bisect_right(range(1, len(line)), width, key=lambda n: face.getlength(line[:n])))
-            lines[-1:] = line[:cut], line[cut:]
-    if len(lines) > most_lines:
-        last = lines[most_lines - 1]
-        while last and face.getlength(f"{last} ...") > width:
-            last = last.rpartition(" ")[0]
-        lines[most_lines - 1:] = [f"{last} ...".strip()]
-    return lines
-
-
 def write(text, width, size=BODY, colour=INK, most_lines=3):
-    """A block of wrapped text, as large as the text is."""
+    """A block of text wrapped at about `width`, as large as the text is; what is left out ends in dots."""
     face, step = font(size), round(1.3 * size)
-    lines = wrap(text, face, width, most_lines)
+    letters = round(width / face.getlength("a red circle moves to the left") * 30)
+    lines = textwrap.wrap(drawable(text), letters, max_lines=most_lines, placeholder=" ...") or [""]
     block = Image.new("RGB", (round(max(map(face.getlength, lines))) + 2, step * len(lines)), PAPER)
     for i, line in enumerate(lines):
         ImageDraw.Draw(block).text((0, i * step), line, font=face, fill=colour)
