@@ -21,7 +21,7 @@ shapes of one clip at every step.
     (8)   L = L_MLM + L_VTM + L_MVM         pretraining_loss, EViLM.forward
     4.1   settings                          Config.paper, make_optimizer, learning_rate
     4.1   published weights                 load_published
-    4.2   questions, options; linear probe  Choice, LinearProbe
+    4.2   question answering, choice, probe Choice, LinearProbe
     4.2   R@K, multiple choice, zero-shot   rank_of_truth, recalls, EViLM.match
     4.3   other tokenizers: VideoSwin       VideoSwin, SwinBlock, WindowAttention
     4.3   ... of pixels, as DALL-E's        SemanticTokenizer.draw_pixels
@@ -29,9 +29,10 @@ shapes of one clip at every step.
     4.5   Table 8                           table8, multiply_adds
 
 Shapes: B clips, T frames, L tokens of a caption, g patches a side, N = T*g*g patches of a clip (the images in
-EdgeNeXt and ViT, a window's patches in WindowAttention), D the multi-modal decoder's width (in 3.1 the
-paper's D is the encoder's), K words without special tokens (Eq. 6), M codes. A `mask` is True for real
-tokens, False for padding; `masked` is True where something was masked.
+EdgeNeXt and ViT, a window's patches in WindowAttention), D the multi-modal decoder's width (the paper
+also has D for the encoder's, 3.1, and the codes', 3.3), K words without special tokens (Eq. 6), M codes. In
+3.3, E and D are the tokenizer's encoder and decoder. A `mask` is True for real tokens, False for padding;
+`masked` is True where something was masked.
 """
 import argparse
 import ast
@@ -116,9 +117,9 @@ class Config:
     mask_ratio: float = 0.40            # paper: 40%; ours: in each frame alike
     blocks: bool = True                 # paper: block-wise; ours: False, single patches
     word_ratio: float = 0.15            # paper
-    mvm_weight: float = 1.0             # paper: of L_MVM in Eq. (8); 0: masked patches train nothing
-    word_weight: float = 1.0            # paper: of L_TOKEN in Eq. (7), which is small by its 1/K
-    pixel_weight: float = 200.0         # ours: of the pixel loss in its place
+    mvm_weight: float = 1.0             # paper: Eq. (8) has no weights; 0: patches are masked, not predicted
+    word_weight: float = 1.0            # paper: Eq. (7) has no weights; more offsets the 1/K of L_TOKEN
+    pixel_weight: float = 200.0         # ours: factor on the pixel loss of tokenizer_target "pixels"
     negatives: int = 1                  # ours: captions drawn for a mismatch; the most similar is used
     video_positions: float = 1.0        # ours: factor on the position sines added to e^V; 0 turns them off
     augment: bool = True                # paper: random; ours: one crop a clip, no flip ("left" is a word)
@@ -162,8 +163,8 @@ class Config:
 class CrossCovarianceAttention(nn.Module):
     """XCA: attention between channels, so that its cost grows linearly with patches. (N, patches, C) -> same.
 
-    Ali et al., "XCiT", 2021: softmax(K^ Q^T / tau) over C/heads x C/heads, keys and queries l2-normalised
-    over patches. As in its release, this is Q^ K^T times a learned temperature.
+    Ali et al., "XCiT", 2021: softmax(q k^T * temperature), C/heads x C/heads for each head, where q and k are
+    l2-normalised over patches. (XCiT's paper has the transpose, divided by tau; this is its release's.)
     """
 
     def __init__(self, dim, heads):
@@ -179,7 +180,8 @@ class CrossCovarianceAttention(nn.Module):
         qkv = self.qkv(x).view(N, patches, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 4, 1)                                            # (N, h, c, patches)
         attention = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
-        return self.proj((attention.softmax(-1) @ v).permute(0, 3, 1, 2).reshape(N, patches, C))
+        attention = attention.softmax(-1)                                               # (N, h, c, c)
+        return self.proj((attention @ v).permute(0, 3, 1, 2).reshape(N, patches, C))
 
 
 class FourierPositions(nn.Module):
@@ -194,12 +196,14 @@ class FourierPositions(nn.Module):
         weight = self.token_projection.weight
         steps = torch.arange(self.waves, device=weight.device)
         period = 10000 ** (2 * (steps // 2) / self.waves)
-        rows, columns = (2 * math.pi * torch.arange(1, n + 1, device=weight.device)[:, None] / (n + 1e-6)
-                         / period for n in (H, W))
-        rows, columns = (torch.where(steps % 2 == 0, angle.sin(), angle.cos()) for angle in (rows, columns))
-        rows, columns = rows[:, None].expand(H, W, -1), columns[None].expand(H, W, -1)
-        sines = torch.cat([rows, columns], -1).to(weight.dtype)                             # (H, W, 2 waves)
-        return self.token_projection(sines.permute(2, 0, 1)[None])
+
+        def sines(n):                                                                       # (n, waves)
+            angles = 2 * math.pi * torch.arange(1, n + 1, device=weight.device)[:, None] / (n + 1e-6) / period
+            return torch.where(steps % 2 == 0, angles.sin(), angles.cos())
+
+        rows, columns = sines(H)[:, None].expand(H, W, -1), sines(W)[None].expand(H, W, -1)
+        positions = torch.cat([rows, columns], -1).to(weight.dtype)                         # (H, W, 2 waves)
+        return self.token_projection(positions.permute(2, 0, 1)[None])
 
 
 class ConvEncoder(nn.Module):
@@ -370,9 +374,10 @@ class WordPiece:
         return cls((SPECIAL + by_count)[:size])
 
     def keep_frequent(self, captions, share=0.30):
-        """The paper's truncation (4.1): exactly round(share * len) entries, the most frequent pieces.
+        """The vocabulary cut to its most frequent pieces (4.1: "top 30% most frequent words in COCO").
 
-        Special tokens come first; ties and words that do not occur keep their order; `[unused...]` goes.
+        Exactly round(share * len) entries is our reading. Special tokens come first; ties, and words that do
+        not occur, keep their order; `[unused...]` entries are dropped.
         """
         words = Counter(word for caption in captions for word in self.split(caption))
         counts = Counter()
@@ -424,25 +429,26 @@ class TransformerBlock(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.drop(self.proj(y.transpose(1, 2).reshape(B, L, C)))
 
-    def feed(self, x):
+    def feed_forward(self, x):
         return self.drop(self.fc2(self.activation(self.fc1(x))))
 
     def forward(self, x, mask=None):
         if self.pre_norm:
             x = x + self.attend(self.norm1(x), mask)
-            return x + self.feed(self.norm2(x))
+            return x + self.feed_forward(self.norm2(x))
         x = self.norm1(x + self.attend(x, mask))
-        return self.norm2(x + self.feed(x))
+        return self.norm2(x + self.feed_forward(x))
 
 
 class Transformer(nn.ModuleList):
-    """Blocks one after another: `(x (B, L, C), mask (B, L) or None) -> (B, L, C)`."""
+    """Blocks one after another: (B, L, C) -> the same; mask (B, L), or None where all tokens are real."""
 
-    def __init__(self, layers, *sizes, **settings):
-        super().__init__(TransformerBlock(*sizes, **settings) for _ in range(layers))
+    def __init__(self, layers, width, heads, **settings):
+        super().__init__(TransformerBlock(width, heads, **settings) for _ in range(layers))
 
     def forward(self, x, mask=None):
-        mask = mask if mask is None else mask[:, None, None]
+        if mask is not None:
+            mask = mask[:, None, None]                              # (B, 1, 1, L): for all heads and queries
         for block in self:
             x = block(x, mask)
         return x
@@ -552,14 +558,14 @@ def prediction_head(width, classes):
 class EViLM(nn.Module):
     """The model of 3.1: frames (B, T, 3, H, W) in [0, 1] and a caption's ids (B, L) go in; see `forward`."""
 
-    def __init__(self, config):
+    def __init__(self, config, vocab=None):
         super().__init__()
         self.config = c = config
+        self.vocab = vocab          # the words of the embedding's rows, which load_published follows
         assert c.size % 32 == 0, f"size, {c.size}, must be a multiple of 32, a patch's pixels"
         assert 3 <= c.max_words <= c.positions, f"max_words, {c.max_words}, must lie in 3 to positions"
         fractions = c.mask_ratio, c.word_ratio, c.dropout, c.warmup, c.tokenizer_warm
         assert all(0 <= fraction <= 1 for fraction in fractions), "ratios, dropout and warm-up lie in 0 to 1"
-        self.vocab = None           # words of the embedding rows, which load_published matches
         self.normalise = Normalise(*IMAGENET)
         self.video_encoder = EdgeNeXt(c.depths, c.dims, c.kernels, c.scales, c.xca_heads, c.layer_scale)
         self.video_proj = nn.Linear(c.dims[-1], c.width)
@@ -600,16 +606,18 @@ class EViLM(nn.Module):
         """
         e_cls, t_text, t_video = self.token_type
         B = len(video if text is None else text)
-        parts, visible = [e_cls.expand(B, 1, -1)], None             # [e^CLS, e^L + t^L, e^V + t^V]
+        parts, joint_mask = [e_cls.expand(B, 1, -1)], None          # [e^CLS, e^L + t^L, e^V + t^V]
         if text is not None:
             parts.append(text + t_text)
             patches = 0 if video is None else video.shape[1]
-            visible = torch.cat([mask.new_ones(B, 1), mask, mask.new_ones(B, patches)], 1)
+            joint_mask = torch.cat([mask.new_ones(B, 1), mask, mask.new_ones(B, patches)], 1)
         if video is not None:
             parts.append(video + t_video)
-        h = self.decoder_norm(self.decoder(torch.cat(parts, 1), visible))                   # Eq. (2)
+        h = self.decoder_norm(self.decoder(torch.cat(parts, 1), joint_mask))                # Eq. (2)
         L = 0 if text is None else text.shape[1]
-        return h[:, 0], None if text is None else h[:, 1:1 + L], None if video is None else h[:, 1 + L:]
+        h_text = None if text is None else h[:, 1:1 + L]
+        h_video = None if video is None else h[:, 1 + L:]
+        return h[:, 0], h_text, h_video
 
     def match(self, video, text, mask):
         """How well each video (B, N, D) fits each text (B, L, D): the difference of its 2 logits, (B,)."""
@@ -663,7 +671,8 @@ def block_mask(n, grid, ratio, generator):
             area, aspect, y, x, end = torch.rand(5, generator=generator).tolist()
             area = smallest + area * max(0, wanted - smallest)
             aspect = math.exp((2 * aspect - 1) * math.log(1 / 0.3))
-            height, width = (min(grid, max(1, round(math.sqrt(a)))) for a in (area * aspect, area / aspect))
+            height = min(grid, max(1, round(math.sqrt(area * aspect))))
+            width = min(grid, max(1, round(math.sqrt(area / aspect))))
             if height * width < smallest:
                 continue
             top, left = int(y * (grid - height + 1)), int(x * (grid - width + 1))
@@ -675,9 +684,9 @@ def block_mask(n, grid, ratio, generator):
 
 
 def random_mask(n, grid, ratio, generator):
-    """As many patches, masked independently: the baseline for block-wise masking. Bool (n, grid, grid)."""
-    order = torch.rand(n, grid * grid, generator=generator).argsort(1).argsort(1)
-    return (order < round(ratio * grid * grid)).view(n, grid, grid)
+    """As `block_mask`, of patches drawn one by one: the ablation of blocks."""
+    rank = torch.rand(n, grid * grid, generator=generator).argsort(1).argsort(1)    # in a random order
+    return (rank < round(ratio * grid * grid)).view(n, grid, grid)
 
 
 def mask_frames(frames, masked):
@@ -841,8 +850,8 @@ class VideoSwin(nn.Module):
         self.norm = nn.LayerNorm(dim << len(depths) - 1)
 
     def forward(self, x):
-        # The release's patches are two frames long and its stride is 2: it pools in time, which 4.3 removes.
-        # How is ours: with a stride of 1 and an empty frame after the last, each frame has its own patches.
+        # 4.3 removes the pooling in time: the release's patches span two frames, at a stride of 2. The paper
+        # does not say how; here the stride is 1, with a zero frame after the last: each frame has patches.
         x = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, 1))                                # (B, 3, T + 1, H, W)
         x = self.patch_embed["norm"](self.patch_embed["proj"](x).movedim(1, -1))       # (B, T, H/4, W/4, dim)
         return self.norm(self.layers(x))
@@ -987,7 +996,7 @@ def svq_loss(word_logits, words, code_loss, word_weight=1.0):
     """Eq. (7), L_SVQ -> (loss, {"token": L_TOKEN, "codes": the two code terms}).
 
     word_logits, words (B, K) as in Eq. (6); code_loss is `VectorQuantizer`'s. 3.4 names "L_SVQ and L_TOKEN";
-    since L_SVQ contains L_TOKEN, it counts once. word_weight is ours: Eq. (6)'s 1/K makes its term small.
+    since L_SVQ contains L_TOKEN, it counts once. `word_weight`, 1 in the paper, offsets the 1/K of Eq. (6).
     """
     token = focal_loss(word_logits.float(), words)
     return word_weight * token + code_loss, {"token": token, "codes": code_loss}            # Eq. (7)
@@ -1033,8 +1042,9 @@ def pretraining_loss(model, batch, objectives=("vtm", "mlm", "mvm"), mvm_weight=
 
     batch: `frames` (B, T, 3, H, W) in [0, 1], unmasked; the captions' `ids`, `masked_ids`, `mask` and
     `masked_words` (B, L), the mismatched captions' `mismatched_ids` and `mismatched_mask` (B, L);
-    `masked_patches` and their `labels`, codes, (B, T, g, g). What an objective that is off needs may be
-    missing. `counts` {objective: count} are the whole batch's where `batch` is a part. mvm_weight is ours.
+    `masked_patches` and their `labels`, codes, (B, T, g, g). What only a disabled objective reads may be
+    missing. `counts` {objective: count} are the whole batch's where `batch` is a part. `mvm_weight` is 1 in
+    the paper.
     """
     counts, frames = counts or {}, batch["frames"]
     masked_words = masked_patches = mismatched = None
@@ -1062,7 +1072,7 @@ def pretraining_loss(model, batch, objectives=("vtm", "mlm", "mvm"), mvm_weight=
 
 
 def freeze(model, *parts):
-    """The model with some parts frozen: DistributedDataParallel would wait for their gradients."""
+    """Freezes parts that a loss does not use: DistributedDataParallel would wait for their gradients."""
     for part in parts:
         getattr(model, part).requires_grad_(False)
     return model
@@ -1121,24 +1131,26 @@ class FastRetrieval(nn.Module):
         return self.embed_video(frames), self.embed_text(ids, mask), self.log_scale.exp().clamp(max=100)
 
 
-def contrastive_loss(video, text, scale, names):
+def contrastive_loss(video, text, scale, video_ids):
     """Fast retrieval's loss: each text is to find its video in the batch, and each video its text.
 
-    video, text (B, D) unit vectors, names (B,) numbers of the videos: other captions of the same video are
-    excluded, neither positives nor negatives.
+    video, text (B, D) unit vectors, video_ids (B,): other captions of the same video are excluded, neither
+    positives nor negatives.
     """
     with full_precision(video):                                     # in bf16 the gradient is 8% off
         logits = scale * text @ video.t()                                                   # (B, B)
-    same = (names[:, None] == names) & ~torch.eye(len(names), dtype=torch.bool, device=names.device)
-    logits, truth = logits.masked_fill(same, -math.inf), torch.arange(len(names), device=names.device)
+    truth = torch.arange(len(video_ids), device=video_ids.device)
+    same = (video_ids[:, None] == video_ids) & (truth[:, None] != truth)
+    logits = logits.masked_fill(same, -math.inf)
     return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.t(), truth)) / 2
 
 
 class LinearProbe(nn.Module):
-    """Activity recognition (4): a linear classifier on the features of the frozen model; it sees video alone.
+    """Activity recognition (4): a linear classifier on features of the frozen model, which sees video alone.
 
-    The paper does not say which features. Ours are h^V averaged over each quarter of each frame, since an
-    activity shows in where and when, under a norm without parameters: (B, T, 3, H, W) -> (B, T * 4 * D).
+    `features`: frames (B, T, 3, H, W) -> (B, T * 4 * D); `forward`: features -> logits (B, classes). The
+    paper does not say which features: here h^V averaged over each quarter of each frame, which keeps where
+    and when. The norm has no parameters, so that only the classifier is trained.
     """
 
     def __init__(self, model, classes):

@@ -120,24 +120,21 @@ def train(args):
     clips, val, test = (ClipCaptions(splits[name], config.frames, config.size, args.seed, name == "train",
                                      config.augment, negatives=config.negatives)
                         for name in ("train", "val", "test"))
-    questions = {}                      # zero-shot multiple choice, where the folder has some
-    for split, most in (("val", 200), ("test", EVALUATED)):
-        if Path(args.data, f"mc_caption_{split}.jsonl").exists():
-            rows = open_split(args.data, split, "mc_caption")       # the first: whole groups of five
-            some = ClipCaptions(rows.subset(np.arange(len(rows))[:most]), config.frames, config.size,
-                                args.seed, train=False, mismatched=False)
-            questions[split] = make_loader(some, workers=args.workers)
+    questions = {split: open_questions(args, config, split, most)
+                 for split, most in (("val", 200), ("test", EVALUATED))}
     wordpiece, config = make_vocabulary(args, config, (row["caption"] for row in splits["train"]), machine)
     make_batch = PretrainBatch(wordpiece, config, args.objectives, args.seed)
     tokenizer = open_tokenizer(args, config, wordpiece, machine) if "mvm" in args.objectives else None
     if tokenizer is not None:
         config = replace(config, codes=tokenizer.config.codes)
     torch.manual_seed(args.seed)
-    model = EViLM(config).to(machine.device)
+    model = EViLM(config, wordpiece.vocab).to(machine.device)
     if not args.resume:
-        start_encoders(model, wordpiece, splits["train"], args, machine)
+        start_encoders(model, splits["train"], args, machine)
     unused = [f"{name}_head" for name in OBJECTIVES if name not in args.objectives]
-    freeze(model, *unused, *(["pooler"] if "vtm_head" in unused else []))       # they get no gradient
+    freeze(model, *unused)
+    if "vtm_head" in unused:
+        freeze(model, "pooler")                                 # the matching head alone reads it
     optimizer = make_optimizer(model, config.lr, config.weight_decay, machine.device)
     sums = torch.zeros(len(OBJECTIVES), device=machine.device)  # of each loss since the last evaluation
     run = Run(args, "pretrain", config, wordpiece.vocab, machine, model, optimizer,
@@ -149,7 +146,7 @@ def train(args):
                       machine.world_size, args.accumulate)
     loader = make_loader(clips, batches, make_batch, args.workers)
     held_out = make_loader(val, collate=make_batch, workers=args.workers, most=EVALUATED)
-    codes = offline_codes(tokenizer, clips, args, machine) if args.codes == "offline" else None
+    offline = offline_codes(tokenizer, clips, args, machine) if args.codes == "offline" else None
     evaluate_every = max(100, math.ceil(steps / 5))             # five times a run
     keep = {max(1, round(fraction * steps)): fraction for fraction in args.keep_at}
     machine.print(f"pre-training on {'+'.join(args.objectives)}: {len(clips):,} clips, {steps:,} steps of "
@@ -158,8 +155,8 @@ def train(args):
         machine.print(f"masking {make_batch.ratio}")
     for batch in run.batches(loader, steps, config.lr, config.warmup):
         counts = dict(zip(OBJECTIVES, machine.total(batch.pop("counts")).tolist()))
-        if codes is not None and (labels := codes(batch)) is not None:
-            batch["labels"] = labels
+        if offline is not None:
+            batch |= offline(batch)
         total = torch.zeros((), device=machine.device)
         for part in machine.parts(wrapped, batch, args.accumulate):
             part["frames"] = part["frames"].float() / 255
@@ -167,7 +164,7 @@ def train(args):
                 if tokenizer is not None and "labels" not in part:
                     part["labels"] = tokenizer.tokenize(part["frames"])                     # unmasked frames
                 loss, losses = pretraining_loss(wrapped, part, args.objectives, config.mvm_weight, counts)
-            (loss * machine.world_size).backward()              # Eq. (8); processes average gradients
+            (loss * machine.world_size).backward()              # Eq. (8); DDP averages over processes
             total += loss.detach()
             sums += torch.stack([losses.get(name, loss * 0).detach() for name in OBJECTIVES])
         run.optimise(total)
@@ -177,7 +174,7 @@ def train(args):
             run.check_finite()
             trained = machine.total(sums) / ((run.step - 1) % evaluate_every + 1)
             if machine.rank == 0:
-                scores = evaluate(model, run, held_out, questions.get("val"), tokenizer, make_batch, machine)
+                scores = evaluate(model, run, held_out, questions["val"], tokenizer, make_batch, machine)
                 run.evaluated(selection_score(scores), **scores,
                               **{f"loss_{name}": float(x) for name, x in zip(OBJECTIVES, trained) if x})
                 machine.print(f"step {run.step:,}, val: " + ", ".join(
@@ -187,11 +184,21 @@ def train(args):
             run.save_last()
     run.report_speed()
     if machine.rank == 0:
-        finish(model, run, test, questions.get("test"), tokenizer, make_batch, args, machine)
+        finish(model, run, test, questions["test"], tokenizer, make_batch, args, machine)
     machine.barrier()
 
 
 # ---------------------------------------------------------------------------------- what training begins with
+
+
+def open_questions(args, config, split, most):
+    """A loader of the first questions of mc_caption, for zero-shot multiple choice; None if there are none."""
+    if not Path(args.data, f"mc_caption_{split}.jsonl").exists():
+        return None
+    rows = open_split(args.data, split, "mc_caption")
+    first = rows.subset(np.arange(len(rows))[:most])                # so that groups of five stay whole
+    clips = ClipCaptions(first, config.frames, config.size, args.seed, train=False, mismatched=False)
+    return make_loader(clips, workers=args.workers)
 
 
 def open_tokenizer(args, config, wordpiece, machine):
@@ -227,7 +234,7 @@ def open_tokenizer(args, config, wordpiece, machine):
     return tokenizer.to(machine.device).eval().requires_grad_(False)
 
 
-def start_encoders(model, wordpiece, manifest, args, machine):
+def start_encoders(model, manifest, args, machine):
     """Published weights where --init-video and --init-text name them; from scratch, centred norms."""
     if args.init_video != "none":
         machine.print(str(load_published(model.video_encoder, args.init_video)))
@@ -237,14 +244,13 @@ def start_encoders(model, wordpiece, manifest, args, machine):
         frames = clips.first(64).to(machine.device) / 255
         start_centred(model.video_encoder, model.normalise(frames).flatten(0, 1))
     if args.init_text:
-        model.vocab = wordpiece.vocab
         machine.print(str(load_published(model, args.init_text, read_lines("--vocab", args.vocab))))
 
 
 @torch.no_grad()
 def offline_codes(tokenizer, clips, args, machine):
-    """Off-the-shelf labels (3.3): the codes of all frames, computed once -> a function: batch -> labels, or
-    None where a clip of the batch cannot be read as a whole."""
+    """Off-the-shelf labels (3.3): the codes of all frames, computed once -> a function: batch -> {"labels"},
+    or {} where a clip of the batch cannot be read as a whole."""
     if tokenizer is None or clips.augment or tokenizer.sees_neighbours:
         raise InputError("--codes offline: needs MVM, frames without augmentation, and a tokenizer that sees "
                          "one frame at a time; use --codes online")
@@ -262,8 +268,10 @@ def offline_codes(tokenizer, clips, args, machine):
 
     def labels_of(batch):
         videos = [names[i] for i in batch["index"].tolist()]
-        if all(video in codes for video in videos):
-            return torch.stack([codes[video][n] for video, n in zip(videos, batch["numbers"])]).long()
+        if not all(video in codes for video in videos):
+            return {}
+        labels = [codes[video][numbers] for video, numbers in zip(videos, batch["numbers"])]
+        return {"labels": torch.stack(labels).long()}
 
     return labels_of
 
@@ -290,7 +298,7 @@ def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
     wordpiece, objectives = make_batch.wordpiece, make_batch.objectives
     model.eval()
     right, count, truths = Counter(), Counter(), {"mlm": [], "mvm": []}
-    codes = torch.zeros(model.config.codes)
+    code_counts = torch.zeros(model.config.codes)
     content = torch.tensor([word not in FUNCTION_WORDS for word in wordpiece.vocab], device=machine.device)
     for batch in loader:
         run.name_broken(batch["broken"], "replaced")
@@ -327,7 +335,7 @@ def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
                 for name, guess in guesses.items():
                     right[name] += int((guess == truth.cpu()).sum())
                     count[name] += len(truth)
-                codes += labels.flatten().cpu().bincount(minlength=len(codes))
+                code_counts += labels.flatten().cpu().bincount(minlength=len(code_counts))
                 right["distinct"] += sum(len(frame.unique()) for frame in labels.cpu().flatten(0, 1))
                 count["distinct"] += labels.shape[0] * labels.shape[1]
     scores = {}
@@ -339,7 +347,7 @@ def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
         right[f"{name}_majority"] = max(found.bincount().tolist(), default=0)
         count[f"{name}_majority"] = len(found)
     scores |= {name: right[name] / count[name] if count[name] else math.nan for name in count}
-    return scores | (codebook_usage(codes) if "mvm" in objectives else {})
+    return scores | (codebook_usage(code_counts) if "mvm" in objectives else {})
 
 
 def copied_codes(labels, masked):

@@ -104,7 +104,7 @@ def train(args):
     used = torch.zeros(config.codes, device=machine.device)         # codes chosen since the last revival
     run = Run(args, "tokenizer", config, wordpiece.vocab, machine, tokenizer, optimizer,
               decide=("loss", "init_tokenizer"), sums={"used": used})
-    model = machine.wrap(tokenizer, args.compile)
+    wrapped = machine.wrap(tokenizer, args.compile)
 
     steps_per_epoch = max(1, len(clips) // config.tokenizer_batch_size)
     steps = min(args.max_steps or math.inf, config.tokenizer_epochs * steps_per_epoch)
@@ -118,16 +118,16 @@ def train(args):
     machine.print(f"tokenizer: {len(clips):,} clips, {steps:,} steps of {batches.batch_size}, {machine}")
     for batch in run.batches(loader, steps, config.tokenizer_lr, config.warmup):
         if run.step == warm > 0:
-            vectors = embed(tokenizer, model, batch, args, machine)
-            tokenizer.quantizer.move_codes(used >= 0, vectors, step_generator(args, run))
-            # `used` still has the warm-up's hits, so the first revival moves fewer codes.
+            vectors, every = embed(tokenizer, wrapped, batch, args, machine), torch.ones_like(used).bool()
+            tokenizer.quantizer.move_codes(every, vectors, step_generator(args, run))
+            # `used` is not reset: the first revival spares the codes that were nearest in the warm-up.
         total = torch.zeros((), device=machine.device)
-        for part in machine.parts(model, batch, args.accumulate):
+        for part in machine.parts(wrapped, batch, args.accumulate):
             frames = part["frames"].float() / 255
             with machine.autocast():
-                read, ids, code_loss = model(frames, quantize=run.step >= warm)
+                read, ids, code_loss = wrapped(frames, quantize=run.step >= warm)
                 loss, _ = tokenizer_loss(args, config, frames, part, read, code_loss)       # Eq. (7)
-            loss = loss / args.accumulate                                       # processes average gradients
+            loss = loss / args.accumulate                           # equal parts; DDP averages over processes
             loss.backward()
             total += loss.detach() / machine.world_size
             used.index_fill_(0, ids.flatten(), 1.0)
@@ -135,7 +135,7 @@ def train(args):
         # The last fifth of the run leaves the codes alone, so that the decoder can settle.
         revives = config.tokenizer_revive and run.step % config.tokenizer_revive == 0
         if revives and warm < run.step < 0.8 * steps:
-            vectors = embed(tokenizer, model, batch, args, machine)
+            vectors = embed(tokenizer, wrapped, batch, args, machine)
             unused = (machine.total(used) == 0).to(machine.device)
             tokenizer.quantizer.move_codes(unused, vectors, step_generator(args, run))
             used.zero_()
@@ -155,9 +155,9 @@ def train(args):
 
 
 @torch.no_grad()
-def embed(tokenizer, model, batch, args, machine):
+def embed(tokenizer, wrapped, batch, args, machine):
     """E(X) of a batch on all processes: (patches, code_dim)."""
-    parts = machine.parts(model, batch, args.accumulate)
+    parts = machine.parts(wrapped, batch, args.accumulate)
     vectors = torch.cat([tokenizer.embed(part["frames"].float() / 255) for part in parts])
     return machine.gather(vectors).flatten(0, 3)
 
