@@ -262,7 +262,7 @@ def interval(values):
 
 
 def show(name):
-    """The table in Markdown: means and ranges, then each row less those before it, paired by seed."""
+    """The table in Markdown: means and ranges, then each row minus those before it, paired by seed."""
     seeds, columns, rows = TABLES[name]
     print(f"\n| {name} | paper | rate | " + " | ".join(columns) + " |\n" + "|---" * (3 + len(columns)) + "|")
 
@@ -289,7 +289,7 @@ def show(name):
         print_row(f"{row.name} | {row.paper} | {rate or '-'}", mean_and_range, row)
     for row in rows:
         for other in rows[:rows.index(row)]:
-            print_row(f"{row.name} less {other.name} | |", difference, row, other)
+            print_row(f"{row.name} minus {other.name} | |", difference, row, other)
 
 
 def draw_fig6(path):
