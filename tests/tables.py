@@ -225,7 +225,7 @@ TABLES = {          # seeds, columns, rows; the rows are compared with the first
     "table5-tasks": (SEEDS[:5], tuple(TASKS), (
         Row("from scratch", paper="QA 32.8, R@1 14.6"), replace(BASE, paper="QA 35.6, R@1 23.6"),
         replace(FULL, paper="QA 39.3, R@1 27.0"))),
-    "table6-7": (SEEDS[:5], (*ZERO_SHOT, "QA, a twentieth", "mvm", "mvm_copy", "distinct"), (
+    "table6-7": (SEEDS[:5], (*ZERO_SHOT, "mc_colour", "QA, a twentieth", "mvm", "mvm_copy", "distinct"), (
         replace(BASE, paper="QA 37.9"),
         Row("MVM of pixels", WITH, "--target pixels", "QA 38.1", FULL, tasks_of=FULL),
         replace(FULL, name="MVM of words, ViT", paper="QA 39.3"),
