@@ -21,7 +21,7 @@ shapes of one clip at every step.
     (8)   L = L_MLM + L_VTM + L_MVM         pretraining_loss, EViLM.forward
     4.1   settings                          Config.paper, make_optimizer, learning_rate
     4.1   published weights                 load_published
-    4.2   question answering, choice, probe Choice, LinearProbe
+    4.2   QA, multiple choice, probe        Choice, LinearProbe
     4.2   R@K, multiple choice, zero-shot   rank_of_truth, recalls, EViLM.match
     4.3   other tokenizers: VideoSwin       VideoSwin, SwinBlock, WindowAttention
     4.3   ... of pixels, as DALL-E's        SemanticTokenizer.draw_pixels
@@ -851,7 +851,7 @@ class VideoSwin(nn.Module):
 
     def forward(self, x):
         # 4.3 removes the pooling in time: the release's patches span two frames, at a stride of 2. The paper
-        # does not say how; here the stride is 1, with a zero frame after the last: each frame has patches.
+        # does not say how. Here the stride is 1, with a zero frame after the last: one patch map a frame.
         x = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, 1))                                # (B, 3, T + 1, H, W)
         x = self.patch_embed["norm"](self.patch_embed["proj"](x).movedim(1, -1))       # (B, T, H/4, W/4, dim)
         return self.norm(self.layers(x))
@@ -2011,8 +2011,8 @@ def score_choices(model, loader, wordpiece, machine, run):
 def changed_and_unseen(row):
     """What a question's options differ in, such as "shape", or "colour+shape", where knowing one of the two
     helps; and "unseen" where the clip shows a combination that training never had."""
-    names = row.get("changed") if isinstance(row.get("changed"), list) else []      # your rows may differ
-    changed = ["+".join(map(str, names))] if names else []
+    names = row.get("changed")                  # in your own rows the field may be anything
+    changed = ["+".join(map(str, names))] if names and isinstance(names, list) else []
     return [*changed, "unseen"] if row.get("unseen") else changed
 
 

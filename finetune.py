@@ -447,8 +447,10 @@ class Probe(Task):
     title, files = "Activity recognition, linear probe", "action"
 
     def prepare(self, machine):
-        if machine.world_size * self.args.accumulate > 1:
-            raise InputError("probe: its norm is over the whole batch; use one process and no --accumulate")
+        samples = min(self.config.batch_size, len(self.splits["train"]))
+        if machine.world_size * self.args.accumulate > 1 or samples == 1:
+            raise InputError("probe: its norm is over the whole batch; use one process, no --accumulate, and "
+                             "a --batch-size and clips of two or more")
         counts = Counter(row["label"] for row in self.splits["train"])
         self.answers = sorted(counts)
         majority = counts.most_common(1)[0][0]
@@ -464,8 +466,8 @@ class Probe(Task):
             features, rows = encode_clips(model.features, self.loader(manifest, collate), machine, run)
             targets = torch.tensor([number.get(row["label"], -1) for row in rows])
             self.features[split] = features.float().cpu(), targets
-        if min(self.config.batch_size, len(self.features["train"][1])) == 1:
-            raise InputError("probe: its norm needs a --batch-size and clips of two or more")
+        if len(self.features["train"][1]) == 1:
+            raise InputError("probe: one training clip can be read; its norm needs two or more")
         self.args.workers = 0                           # what is left to read lies in memory
         return Features(*self.features["train"])
 

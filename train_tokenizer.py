@@ -118,8 +118,8 @@ def train(args):
     machine.print(f"tokenizer: {len(clips):,} clips, {steps:,} steps of {batches.batch_size}, {machine}")
     for batch in run.batches(loader, steps, config.tokenizer_lr, config.warmup):
         if run.step == warm > 0:
-            vectors, every = embed(tokenizer, wrapped, batch, args, machine), torch.ones_like(used).bool()
-            tokenizer.quantizer.move_codes(every, vectors, step_generator(args, run))
+            vectors = embed(tokenizer, wrapped, batch, args, machine)
+            tokenizer.quantizer.move_codes(torch.ones_like(used).bool(), vectors, step_generator(args, run))
             # `used` is not reset: the first revival spares the codes that were nearest in the warm-up.
         total = torch.zeros((), device=machine.device)
         for part in machine.parts(wrapped, batch, args.accumulate):

@@ -173,10 +173,13 @@ def is_video(name):
     return Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")
 
 
-def holds_frames(folder):
-    """Whether a path is a folder of frames: it holds images and no videos."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
+def are_frames(names):
+    """Whether a folder with these files is one clip: it holds images and no videos."""
     return any(map(is_image, names)) and not any(map(is_video, names))
+
+
+def holds_frames(path):
+    return os.path.isdir(path) and are_frames(os.listdir(path))
 
 
 def read_array(path, choose, size):
@@ -274,7 +277,7 @@ def find_clips(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         clips = [Path(place, name) for name in sorted(filter(is_video, files))
                  if not holds_frames(Path(place, name).with_suffix(""))]
-        if Path(place) != folder and holds_frames(place):
+        if Path(place) != folder and are_frames(files):
             clips = [Path(place)]
         found |= {printable(str(clip.relative_to(folder))): clip for clip in clips}
     if not found:
@@ -351,7 +354,7 @@ class Manifest(Sequence):
         frames of that name without its suffix was extracted from it, and is read in its place."""
         path = self.folder / row["video"]
         frames = Path(os.path.splitext(path)[0])
-        return frames if not path.is_dir() and holds_frames(frames) else path
+        return frames if holds_frames(frames) and not path.is_dir() else path
 
 
 def check_lines(path, fields):
