@@ -20,6 +20,7 @@ import json
 import linecache
 import os
 import re
+import reprlib
 import sys
 import tempfile
 import textwrap
@@ -296,8 +297,11 @@ def shown(value):
         shape, value = tuple(value.shape), value.tolist()
         if len(str(value)) > 90:
             return f"a tensor {shape}"
-    text = repr(value)
-    return text if len(text) <= 90 else f"{text[:86]} ..."
+    short = reprlib.Repr()
+    short.repr_Size = short.repr_tuple          # torch.Size
+    short.maxlist = short.maxtuple = short.maxset = short.maxdict = 12
+    short.maxstring = short.maxother = 90
+    return short.repr(value)
 
 
 def difference(expected, got):

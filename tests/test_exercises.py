@@ -10,7 +10,8 @@ from pathlib import Path
 
 import exercises
 import pytest
-from exercises import EXERCISES, emptied, lines_of_cut, named, replaced, target_of
+import torch
+from exercises import EXERCISES, difference, emptied, lines_of_cut, named, replaced, target_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = (ROOT / "evilm.py").read_text()
@@ -125,6 +126,28 @@ def test_the_cut_takes_the_part_alone_and_leaves_the_docstring(exercise):
     for test in exercise.claims:
         file, name = test.split("::")
         assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text()
+
+
+def test_a_difference_is_shown_where_it_is_greatest_or_by_its_shape_or_kind():
+    expected, got = torch.zeros(3, 50), torch.zeros(3, 50)
+    got[1, 7], got[2, 9] = 0.5, torch.nan
+    assert difference(expected, got) == ["expected  0 at [2, 9] of (3, 50)", "got       nan"]
+    assert difference(list(range(20)), [*range(19), 7]) == ["expected  19 at [19] of 20", "got       7"]
+    assert difference(expected, got[:1]) == ["expected  shape (3, 50)", "got       shape (1, 50)"]
+    assert difference(expected, expected.int()) == ["expected  torch.float32", "got       torch.int32"]
+    assert difference(torch.zeros(3), None) == ["expected  [0.0, 0.0, 0.0]", "got       None"]
+    assert difference([torch.Size([5])], "b") == ["expected  [(5,)]", "got       'b'"]
+
+
+@pytest.mark.parametrize("assertion, lines", [
+    ("a == 2 and b == 3", ["expected  3", "got       5"]),
+    ("torch.equal(x, 2 * x)", ["expected  [2, 4]", "got       [1, 2]"]),
+    ("(x == b).all()", ["expected  5", "got       [1, 2]"]),
+    ("x.sum() > b", ["expected  x.sum() > b", "got       x.sum() = 3, b = 5"]),
+    ("not any(i == 2 for i in x)", ["expected  not any((i == 2 for i in x))", "got       x = [1, 2]"])])
+def test_what_an_assertion_expected_and_got(assertion, lines):
+    names = {"a": 2, "b": 5, "x": torch.tensor([1, 2]), "torch": torch}
+    assert exercises.judged(ast.parse(assertion, mode="eval").body, names) == lines
 
 
 RANK = named("recall-at-k")

@@ -251,6 +251,20 @@ def test_an_epoch_is_a_permutation_and_its_last_smaller_batch_is_dropped():
     assert keys == list(Batches(23, 5, 7, 12)) != list(Batches(23, 5, 8, 12))
 
 
+@pytest.mark.parametrize("start", [0, 1, 4, 6, 11, 12])
+def test_a_run_goes_on_from_any_step_with_the_same_batches(start):
+    rest = Batches(23, 5, 7, 12, start=start)
+    assert list(rest) == list(Batches(23, 5, 7, 12))[start:]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_the_ranks_divide_each_batch_without_overlap(world_size):
+    whole = list(Batches(23, 6, 7, 12))
+    ranks = [list(Batches(23, 6, 7, 12, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    for step, batch in enumerate(whole):
+        assert [rank[step] for rank in ranks] == [batch[rank::world_size] for rank in range(world_size)]
+
+
 def test_fewer_rows_than_a_batch_are_one_batch_an_epoch():
     batches = Batches(length=3, batch_size=8, seed=0, steps=4)
     assert batches.steps_per_epoch == 1

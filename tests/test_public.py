@@ -328,13 +328,20 @@ def command(monkeypatch, capsys):
     return run
 
 
+FILES_NEEDED = {
+    "webvid": "results_2M_train.csv", "msrvtt": "MSRVTT_data.json or train_val_videodatainfo.json",
+    "msrvtt-qa": "train_qa.json", "msrvtt-mc": "MSR_MC_test.csv or msrvtt_retrieval_mc_test.jsonl",
+    "msvd-qa": "youtube_mapping.txt", "tgif": "splits/train.txt", "tgif-qa": "Train_action_question.csv",
+    "didemo": "train_data.json", "hmdb51": "brush_hair_test_split1.txt", "kinetics400": "train.csv",
+    "coco-captions": "captions_train2017.json"}
+
+
 @pytest.mark.parametrize("name", public.CONVERTERS)
 def test_a_file_that_a_set_needs_is_named(release, videos, tmp_path, command, name, out):
     folder = release({"readme.txt": "nothing"})
     clips, out = videos("a.mp4"), tmp_path / "x/out"
     code, _, complaint = command(name, "--annotations", folder, "--videos", clips, "--out", out)
-    assert code == 2 and complaint.startswith(f"error: {folder}: has no ")
-    assert any(ending in complaint for ending in (".csv", ".json", ".txt"))
+    assert code == 2 and complaint.startswith(f"error: {folder}: has no {FILES_NEEDED[name]}")
     assert complaint.count("\n") == 1 and not (tmp_path / "x").exists()
 
 

@@ -323,8 +323,12 @@ BAD = {     # the command, and what the line names
     "finetune.py qa --init whole --data beige-val": "qa_val.jsonl",
     "finetune.py mc --set mine --init whole --data one-option": "mc_mine_train.jsonl:1",
     "finetune.py mc --set mine --init whole --data answer-5": "mc_mine_val.jsonl:1",
+    "finetune.py qa --data clips --init whole --preset paper": "whole",
     "finetune.py qa --data clips --init nowhere": "nowhere/best.pt: there is no such file",
+    "finetune.py qa --data clips --init x.pth": "x.pth: there is no such file",
     "finetune.py search red --init whole --videos nowhere": "nowhere"}
+if not torch.cuda.is_available():
+    BAD["pretrain.py --device cuda"] = "--device cuda: PyTorch finds none"
 
 
 @pytest.fixture(scope="module")

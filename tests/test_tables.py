@@ -23,8 +23,8 @@ BEST_RATE = 2 * max(tables.RATES)   # of the pretended runs
 
 @pytest.fixture
 def typed(tmp_path, monkeypatch, capsys):
-    """typed("focal") runs tests/tables.py -> (the runs it made, the cells of the rows it printed).
-    `score` tells what a run with these flags scores on test."""
+    """typed("focal") runs tests/tables.py -> (the runs it made, the cells of the rows it printed). Of a run's
+    flags, `fails` tells whether it breaks, `score` what it scores on test."""
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "docs/results.jsonl")
@@ -40,6 +40,8 @@ def typed(tmp_path, monkeypatch, capsys):
         assert all(change.partition("=")[0] in Config.__dataclass_fields__ for change in args.config)
         for begin in (getattr(args, "tokenizer", "none"), getattr(args, "init", "none")):
             assert begin == "none" or (Path(begin) / "best.pt").exists(), "what it begins from is made first"
+        if typed.fails(args):
+            return SimpleNamespace(returncode=1, stderr="broken")
         made.append(args)
         folder = Path(args.out)
         folder.mkdir(parents=True)
@@ -56,7 +58,7 @@ def typed(tmp_path, monkeypatch, capsys):
         tables.main()
         rows = re.findall(r"^\| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
         return list(made), [re.split(r" *\| *", row) for row in rows if " | paper | " not in row]
-    typed.score = lambda args: args.seed / 10
+    typed.fails, typed.score = lambda args: False, lambda args: args.seed / 10
     monkeypatch.setattr(subprocess, "run", pretend)
     return typed
 
@@ -105,6 +107,18 @@ def test_a_task_has_a_rate_for_each_row_and_a_twentieth_of_the_lines(typed, monk
     assert (less / "qa_test.jsonl").read_text().split() == ["0", "1", "2"]
     assert (less / "clips").samefile(data / "clips")
     assert [row[3] for row in printed] == 2 * [f"15.0 (10.0-20.0) at {BEST_RATE:g}"] + ["+0.0 ± 0.0"]
+
+
+def test_a_broken_run_ends_the_table_and_what_is_left_is_made_later(typed):
+    typed.fails = lambda args: args.loss == "bce" and args.seed == 2
+    with pytest.raises(SystemExit, match="broken"):
+        typed("focal")
+    before = set(tables.results())
+    assert before and typed("focal", "--show")[0] == []
+    typed.fails = lambda args: False
+    made, rows = typed("focal")
+    assert len(made) == 10 - len(before) and len(tables.results()) == 10
+    assert rows[0][3:] == ["30.0 (10.0-50.0)", "0.3 (0.1-0.5)", *["30.0 (10.0-50.0)"] * 2]
 
 
 def test_rows_are_compared_by_seed_with_students_interval_and_a_score_of_zero_counts(typed, monkeypatch):

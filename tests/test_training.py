@@ -190,6 +190,14 @@ def test_a_kill_while_saving_leaves_the_older_checkpoint_whole(tmp_path):
     check_whole(path, 2)
 
 
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
 def refused(path, kind="pretrain"):
     """The one line that says why `path` is not loaded; it names the file."""
     with pytest.raises(InputError) as error:
@@ -197,6 +205,18 @@ def refused(path, kind="pretrain"):
     line = str(error.value)
     assert str(path) in line and "\n" not in line
     return line
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    trap, path = tmp_path / "owned", tmp_path / "last.pt"
+    torch.save(checkpoint(extra=Malicious(trap)), path)
+    torch.load(path, weights_only=False)
+    assert trap.exists()                    # the pickle does what it says, where it may
+    trap.unlink()
+    assert "safely" in refused(path)
+    path.write_bytes(pickle.dumps(checkpoint(extra=Malicious(trap)), protocol=2))
+    refused(path)
+    assert not trap.exists()
 
 
 NOT_OURS = "not a checkpoint of this project"
