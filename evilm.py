@@ -896,7 +896,7 @@ class SemanticTokenizer(nn.Module):
 
     4.3 compares it with one whose E is VideoSwin, and with DALL-E's dVAE. Ours replaces the dVAE, which is
     convolutional and samples its codes by Gumbel softmax, by a tokenizer that reconstructs pixels with the
-    same E and codebook. The paper does not say whether CLIP's ViT is frozen; here E is trained.
+    same E and codebook. The paper does not say whether CLIP's ViT is trained; here it is.
     """
 
     def __init__(self, config):
@@ -1474,7 +1474,8 @@ class InputError(Exception):
     """What the user gave cannot be used. One line: what is wrong, where, how to mend it; exit status 2."""
 
 
-FLAGS_OF = {"train_tokenizer.py": "target encoder loss word-weight warm revive-after init-tokenizer".split(),
+FLAGS_OF = {"train_tokenizer.py": ("target encoder loss word-weight warm revive-after init-tokenizer "
+                                   "freeze-encoder").split(),
             "pretrain.py": "tokenizer objectives init-video init-text codes keep-at".split(),
             "finetune.py": "init set see scoring zero-shot videos top".split()}
 

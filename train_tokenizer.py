@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from evilm import (SPECIAL, Config, InputError, Parser, Run, SemanticTokenizer, at_least, codebook_usage,
-                   configure, fill, load, load_published, make_optimizer, make_vocabulary,
+                   configure, fill, freeze, load, load_published, make_optimizer, make_vocabulary,
                    read_metrics, run_script, set_up, shared_flags, start_centred, svq_loss, words_present)
 from toy_data import (Batches, ClipCaptions, DataError, collate, make_loader, open_splits, plots,
                       render_if_missing)
@@ -39,10 +39,13 @@ def parse(argv=None):
         "steps to an encoder output; 0: never, the paper preset's")
     add("--init-tokenizer", metavar="FILE", help="published CLIP ViT-B/32, or Video Swin-T for --encoder "
         "videoswin, for --preset paper: a torch file or .safetensors (default: from scratch)")
+    add("--freeze-encoder", action="store_true", help="keep those weights as they are")
     args = parser.parse_args(argv)
     if args.target == "pixels" and (args.loss != "focal" or args.word_weight is not None):
         raise InputError("--loss and --word-weight apply only to --target words; the pixels' factor is "
                          "--config pixel_weight=NUMBER")
+    if args.freeze_encoder and not args.init_tokenizer:
+        raise InputError("--freeze-encoder: keeps published weights; name their file with --init-tokenizer")
     return args
 
 
@@ -100,10 +103,12 @@ def train(args):
         middle = ClipCaptions(splits["train"], config.frames, config.size, args.seed, False, mismatched=False)
         frames = middle.first(32).to(machine.device) / 255
         start_centred(tokenizer.encoder, tokenizer.normalise(frames))
+    if args.freeze_encoder:
+        freeze(tokenizer, "encoder")
     optimizer = make_optimizer(tokenizer, config.tokenizer_lr, config.weight_decay, machine.device)
     used = torch.zeros(config.codes, device=machine.device)         # codes chosen since the last revival
     run = Run(args, "tokenizer", config, wordpiece.vocab, machine, tokenizer, optimizer,
-              decide=("loss", "init_tokenizer"), sums={"used": used})
+              decide=("loss", "init_tokenizer", "freeze_encoder"), sums={"used": used})
     wrapped = machine.wrap(tokenizer, args.compile)
 
     steps_per_epoch = max(1, len(clips) // config.tokenizer_batch_size)

@@ -332,3 +332,9 @@ def test_both_stages_start_from_published_weights(edgenext, bert, tmp_path):
     w = torch.load(tmp_path / "tokenizer/last.pt", weights_only=True)["model"]
     assert torch.equal(w["encoder.patch.weight"], clip["visual.conv1.weight"])
     assert torch.equal(w["encoder.blocks.0.norm2.bias"], clip["visual.transformer.resblocks.0.ln_2.bias"])
+
+    trained("train_tokenizer.py", *PAPER_FLAGS, "--lr=0.001", "--init-tokenizer=clip.pt", "--freeze-encoder",
+            "--out=frozen")
+    frozen = torch.load(tmp_path / "frozen/last.pt", weights_only=True)["model"]
+    assert {name for name in w if torch.equal(frozen[name], w[name])} == {
+        name for name in w if name.startswith("encoder.")}
