@@ -63,11 +63,11 @@ def bert(x, w, layers, heads, seen=None, at=""):
     return x
 
 
-def pre_norm(x, w, layers, heads, seen=None, at="", eps=1e-12, activation=gelu):
+def pre_norm(x, w, layers, heads, seen=None, at="", eps=1e-12):
     """Layers whose norm comes before each branch, and none after the last."""
     for i in range(layers):
         x = x + attention(norm(x, w, f"{at}{i}.norm1", eps), w, f"{at}{i}.", heads, seen)
-        inside = activation(linear(norm(x, w, f"{at}{i}.norm2", eps), w, f"{at}{i}.fc1"))
+        inside = gelu(linear(norm(x, w, f"{at}{i}.norm2", eps), w, f"{at}{i}.fc1"))
         x = x + linear(inside, w, f"{at}{i}.fc2")
     return x
 

@@ -12,8 +12,8 @@ from plain import near
 import pretrain
 import toy_data
 import train_tokenizer
-from evilm import (IMAGENET, MASK, SPECIAL, Config, EdgeNeXt, InputError, Normalise, SemanticTokenizer,
-                   VideoSwin, WordPiece, load, run_script, start_centred)
+from evilm import (IMAGENET, MASK, SPECIAL, EdgeNeXt, InputError, Normalise, SemanticTokenizer, VideoSwin,
+                   WordPiece, load, start_centred)
 
 
 @pytest.fixture
@@ -39,21 +39,6 @@ def test_videoswin_is_the_releases_with_a_stride_of_1_in_time(randomise, T, wind
         ours = swin(x)
     assert ours.shape == (2, T, 1, 2, 64)
     near(ours, plain.video_swin(x, plain.weights(swin), depths, heads, window))
-
-
-def test_videoswin_has_the_paper_presets_grid():
-    config = Config.paper()
-    with torch.device("meta"):
-        swin = VideoSwin(config.swin_dim, (1, 1, 1, 1), config.swin_heads, config.swin_window)
-        assert swin(torch.empty(1, 2, 3, config.size, config.size)).shape == (1, 2, 8, 8, config.vit_width)
-
-
-@pytest.mark.parametrize("encoder, sees_neighbours", [("vit", False), ("videoswin", True)])
-def test_videoswin_sees_a_frames_neighbours_and_vit_does_not(make, frames, encoder, sees_neighbours):
-    tokenizer, other = make("words", encoder), torch.cat([frames[:, :1], torch.rand(3, 1, 3, 64, 64)], 1)
-    with torch.no_grad():
-        moved = (tokenizer.embed(frames) - tokenizer.embed(other))[:, 0].abs().max()
-    assert tokenizer.sees_neighbours == sees_neighbours and (moved > 1e-3) == sees_neighbours
 
 
 def test_videoswin_gets_frames_in_the_scale_it_was_trained_in(make, frames):
@@ -161,15 +146,3 @@ def test_each_kind_trains_and_labels_pretraining(home, run, monkeypatch, target,
             run(pretrain, f"{flags} --codes offline")
             offline = load(f"p-{whole}/last.pt", "pretrain")["model"]
             assert all(torch.equal(online[name], offline[name]) for name in online)
-
-
-@pytest.mark.parametrize("flags, named", [
-    ("--target pixels --loss bce", "--loss"), ("--target pixels --word-weight 3", "--word-weight"),
-    ("--config tokenizer_target=pixels", "--config tokenizer_target=pixels"),
-    ("--config tokenizer_encoder=videoswin", "--config tokenizer_encoder=videoswin")])
-def test_what_does_not_go_together_ends_in_one_line(home, run, capsys, flags, named):
-    with pytest.raises(SystemExit) as end:
-        run_script(lambda: run(train_tokenizer, flags + " --out bad"))
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error:") and named in lines[0]
-    assert not (home / "bad").exists()

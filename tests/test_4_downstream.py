@@ -24,10 +24,6 @@ from toy_data import BrokenClip, ClipCaptions, DataError, make_loader, open_spli
 CPU = Machine(torch.device("cpu"))
 
 
-def clips(tiny, n=3):
-    return torch.rand(n, tiny.frames, 3, tiny.size, tiny.size)
-
-
 def texts(tiny, n=3, options=None):
     shape = (n, tiny.max_words) if options is None else (n, options, tiny.max_words)
     ids = torch.randint(5, tiny.vocab_size, shape)
@@ -38,8 +34,8 @@ def texts(tiny, n=3, options=None):
 
 # ------------------------------------------------------------------------------------------------------ heads
 
-def test_multiple_choice_begins_where_zero_shot_matching_ends(tiny, model):
-    head, frames, (ids, mask) = Choice(model, 1).eval(), clips(tiny), texts(tiny, options=5)
+def test_multiple_choice_begins_where_zero_shot_matching_ends(tiny, model, frames):
+    head, (ids, mask) = Choice(model, 1).eval(), texts(tiny, options=5)
     video = model.encode_video(frames)
     with torch.no_grad():
         logits = head(frames, ids, mask)
@@ -49,17 +45,13 @@ def test_multiple_choice_begins_where_zero_shot_matching_ends(tiny, model):
             torch.testing.assert_close(logits[:, i], scores - bias, atol=1e-4, rtol=1e-4)
 
 
-def test_44_fast_retrieval_is_the_decoder_on_each_side_alone(tiny, model):
-    fast, frames, (ids, mask) = FastRetrieval(model).eval(), clips(tiny), texts(tiny)
+def test_44_fast_retrieval_is_the_decoder_on_each_side_alone(tiny, model, frames):
+    fast, (ids, mask) = FastRetrieval(model).eval(), texts(tiny)
     with torch.no_grad():
         video, text, scale = fast(frames, ids, mask)
-        e_cls, t_text, t_video = model.token_type
-        for vectors, tokens, seen in ((video, model.encode_video(frames) + t_video, None),
-                                      (text, model.encode_text(ids, mask) + t_text, mask)):
-            if seen is not None:
-                seen = torch.cat([torch.ones(3, 1, dtype=torch.bool), seen], 1)
-            h = model.decoder(torch.cat([e_cls.expand(3, 1, -1), tokens], 1), seen)[:, 0]
-            pooled = model.pooler(h)
+        for vectors, (h_cls, _, _) in ((video, model.fuse(model.encode_video(frames), None, None)),
+                                       (text, model.fuse(None, model.encode_text(ids, mask), mask))):
+            pooled = model.pooler(h_cls)
             torch.testing.assert_close(vectors, pooled / pooled.norm(dim=1, keepdim=True), atol=1e-5,
                                        rtol=1e-4)
     assert float(scale.detach()) == pytest.approx(1 / 0.07)
@@ -77,7 +69,7 @@ def test_contrast_counts_no_other_caption_of_the_same_video():
 
 
 def test_the_probe_trains_its_classifier_and_nothing_else(tiny, model):
-    probe, frames = LinearProbe(model, 3), clips(tiny, 8)
+    probe, frames = LinearProbe(model, 3), torch.rand(8, 2, 3, 64, 64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     features, optimizer = probe.features(frames), torch.optim.SGD(probe.parameters(), lr=0.1)
     first = probe.classifier.weight.clone()

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch._utils import ExceptionWrapper
 
-from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, Manifest, WholeClips, clips, collate,
-                      find_clips, is_true, make_loader, read_clip, spans)
+from toy_data import (BrokenClip, ClipCaptions, DataError, Manifest, WholeClips, clips, collate, find_clips,
+                      is_true, read_clip, spans)
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not on the PATH")
 
@@ -330,16 +330,6 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path):
     evaluated = ClipCaptions(manifest, 4, 16, seed=0, train=False)
     assert evaluated[(0, 2)]["numbers"].tolist() == spans(12, 4) == [1, 4, 7, 10]
     assert same(evaluated[(0, 2)], evaluated[(9, 2)])
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_is_the_same_from_any_number_of_workers(tmp_path, workers):
-    dataset = ClipCaptions(write_set(tmp_path, 6), 4, 16, seed=0, train=True)
-    loader = make_loader(dataset, Batches(6, 3, 0, 3), workers=workers)
-    expected = [collate([dataset[key] for key in keys]) for keys in Batches(6, 3, 0, 3)]
-    batches = list(loader)
-    assert [len(batch["rows"]) for batch in batches] == [3, 3, 3] and all(map(same, batches, expected))
-    assert batches[0]["frames"].shape == (3, 4, 3, 16, 16) and batches[0]["whole"].all()
 
 
 def test_augmentation_is_the_same_for_all_frames_and_never_a_flip(tmp_path):

@@ -215,13 +215,6 @@ def test_a_split_depends_on_the_names_alone_and_not_on_their_order(tmp_path):
     assert {name: videos_of(split) for name, split in open_splits(tmp_path).items()} == before
 
 
-def test_a_test_file_alone_can_be_opened_for_evaluation(tmp_path):
-    write(tmp_path / "test.jsonl", rows_of(4))
-    assert list(open_split(tmp_path, "test")) == rows_of(4)
-    with pytest.raises(DataError, match="has no train.jsonl"):
-        open_splits(tmp_path)
-
-
 @pytest.mark.parametrize("task, names", [
     ("", "train.jsonl and no captions.jsonl"), ("mc_action", "mc_action_train.jsonl")])
 def test_a_folder_without_manifests_says_what_is_missing(tmp_path, task, names):

@@ -4,12 +4,9 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+from torch.testing import assert_close as near
 
 from evilm import CrossCovarianceAttention, EViLM, SDTAEncoder, contrastive_loss, rank_of_truth
-
-
-def near(ours, expected):
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------- Cross-covariance attention

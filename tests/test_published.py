@@ -145,6 +145,7 @@ def test_clip_computes_what_its_file_says(tmp_path, naming, size, layers, name):
     grid = torch.einsum("ij,jkc,lk->ilc", across, w[positions][1:].view(7, 7, -1), across).flatten(0, 1)
     with torch.no_grad():
         near(network(x), plain.clip_openai(x.double(), w, 12, torch.cat([w[positions][:1], grid]))[:, 1:])
+    assert all(part.eps == 1e-5 for part in network.modules() if isinstance(part, torch.nn.LayerNorm))
     assert not report.left and sorted(report.filled) == sorted(network.state_dict())
     others = {key for key in report.unused if f".{layer}." not in key}
     assert {int(key.split(".")[3]) for key in set(report.unused) - others} == set(range(layers, 12))
@@ -158,7 +159,8 @@ def test_video_swin_tiny_computes_what_its_file_says(tmp_path):
     for key in w:
         if key.endswith("index"):
             w[key] = torch.arange(392).repeat(392, 1)
-    network, x = VideoSwin().eval(), torch.randn(1, 2, 3, 64, 64)
+    c, x = Config.paper(), torch.randn(1, 2, 3, 64, 64)
+    network = VideoSwin(c.swin_dim, c.swin_depths, c.swin_heads, c.swin_window).eval()
     head = {"cls_head.fc_cls.bias": torch.ones(400)}
     report = loaded(network, tmp_path / "swin.pth", {"state_dict": under("backbone.", w) | head})
     with torch.no_grad():   # 16x16 and 8x8 patches are padded and shifted; 4x4, 2x2 and 2 frames are not

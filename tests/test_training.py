@@ -150,21 +150,6 @@ def check_whole(path, step):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("broken, error", [
-    ("fsync", OSError(errno.EIO, "disk")), ("fsync", KeyboardInterrupt()),
-    ("replace", OSError(errno.EPERM, "no"))])
-def test_a_save_that_fails_half_way_leaves_the_older_checkpoint_whole(tmp_path, monkeypatch, broken, error):
-    path = tmp_path / "last.pt"
-    save(checkpoint(step=1), path)
-    monkeypatch.setattr(os, broken, raising(error))
-    with pytest.raises(type(error)):
-        save(checkpoint(step=2), path)
-    monkeypatch.undo()
-    check_whole(path, 1)
-    save(checkpoint(step=2), path)
-    check_whole(path, 2)
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_a_full_disk_ends_in_one_line_and_leaves_the_older_checkpoint_whole(tmp_path, capsys):
     path = tmp_path / "last.pt"
@@ -230,8 +215,7 @@ NOT_OURS = "not a checkpoint of this project"
     (checkpoint(model={"w": torch.zeros(4)}), "do not fit"), (checkpoint(model={"w": 5}), "do not fit"),
     (checkpoint(model=[torch.zeros(5)]), "its model is not a dict"),
     (checkpoint(vocab=5), "its vocab is not"),
-    (checkpoint(step=1.5), "its step is not"), (checkpoint(settings="seed"), "its settings is not"),
-    (checkpoint(extra=Path("x")), "safely")])   # an object, whose pickle could run code
+    (checkpoint(step=1.5), "its step is not"), (checkpoint(settings="seed"), "its settings is not")])
 def test_a_checkpoint_of_other_content_is_refused_in_one_line(tmp_path, content, named):
     torch.save(content, tmp_path / "x.pth")
     assert named in refused(tmp_path / "x.pth")
