@@ -218,7 +218,7 @@ class ConvEncoder(nn.Module):
         self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
 
     def forward(self, x):
-        # Maps are channels-last in memory, so that a permute is a view and no layer copies.
+        # Maps are channels-last in memory, so that the permuted map is contiguous for the linear layers.
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))                                   # (N, H, W, C)
         y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
         return x + y.permute(0, 3, 1, 2)
@@ -321,18 +321,18 @@ class WordPiece:
     @staticmethod
     def split(text):
         """Lower case, accents stripped, punctuation and CJK apart: "Été, 3x" -> ["ete", ",", "3x"]."""
-        pieces = []
+        letters = []
         for letter in unicodedata.normalize("NFD", text.lower()):
             kind, code = unicodedata.category(letter), ord(letter)
             symbol = 33 <= code <= 126 and not letter.isalnum()         # $, +, ^ ... are punctuation to BERT
             cjk = 0x3400 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0x20000 <= code <= 0x2FA1F
             if letter.isspace() or kind.startswith("Z"):
-                pieces.append(" ")
+                letters.append(" ")
             elif kind.startswith("P") or symbol or cjk:
-                pieces.append(f" {letter} ")
+                letters.append(f" {letter} ")
             elif kind != "Mn" and not kind.startswith("C") and letter != "\ufffd":
-                pieces.append(letter)
-        return "".join(pieces).split()
+                letters.append(letter)
+        return "".join(letters).split()
 
     def pieces(self, word):
         """Greedy longest match: "unaffable" -> ["una", "##ffa", "##ble"], or ["[UNK]"] where nothing fits."""
@@ -405,7 +405,8 @@ def quick_gelu(x):
 class TransformerBlock(nn.Module):
     """Self-attention, then two linear layers. (B, L, C) -> the same; mask (B, 1, 1, L), True for real keys.
 
-    Post-norm is BERT's: the language encoder and the paper preset's decoder. Pre-norm is the ViT's.
+    Post-norm is BERT's: the language encoder, the paper preset's decoder and, ours, the tokenizer's.
+    Pre-norm is the ViT's.
     """
 
     def __init__(self, width, heads, pre_norm=False, activation=F.gelu, eps=1e-12, dropout=0.0):
@@ -620,7 +621,7 @@ class EViLM(nn.Module):
         return h[:, 0], h_text, h_video
 
     def match(self, video, text, mask):
-        """How well each video (B, N, D) fits each text (B, L, D): the difference of its 2 logits, (B,)."""
+        """How well video i (B, N, D) fits text i (B, L, D): the difference of the pair's 2 logits, (B,)."""
         logits = self.vtm_head(self.pooler(self.fuse(video, text, mask)[0]))
         return logits[:, 1] - logits[:, 0]
 
@@ -698,7 +699,8 @@ def mask_frames(frames, masked):
 
 
 def mean_cross_entropy(logits, targets, count=None):
-    """The sum of -log softmax(logits)[targets] over n, divided by `count`, else by n: (n, classes), (n,).
+    """logits (n, classes), targets (n,) -> scalar: the sum of -log softmax(logits)[targets], divided by
+    `count`, else by n.
 
     With the whole batch's `count`, the losses of its parts (processes, accumulation) add up to its loss.
     """
@@ -882,7 +884,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def move_codes(self, which, vectors, generator):
-        """Moves codes, which (M,) bool, onto encoder outputs (n, dim) that are drawn without replacement.
+        """Moves the codes where `which` (M,) is True onto encoder outputs, drawn without replacement from
+        `vectors` (n, dim).
 
         Ours. A code that is never nearest gets no gradient from Eq. (7), so it would stay unused.
         """
@@ -902,7 +905,6 @@ class SemanticTokenizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        assert c.size % 32 == 0, f"size, {c.size}, must be a multiple of 32, a patch's pixels"
         self.sees_neighbours = c.tokenizer_encoder == "videoswin"   # a frame's codes depend on other frames
         if self.sees_neighbours:
             self.normalise, width = Normalise(*IMAGENET), 8 * c.swin_dim
@@ -1117,7 +1119,7 @@ class FastRetrieval(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = freeze(model, "vtm_head", "mlm_head", "mvm_head")
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))     # 1 / temperature, CLIP's start
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))     # of 1 / temperature, CLIP's start
 
     def embed_video(self, frames):
         h_cls = self.model.fuse(self.model.encode_video(frames), None, None)[0]
@@ -1128,7 +1130,9 @@ class FastRetrieval(nn.Module):
         return F.normalize(self.model.pooler(h_cls).float(), dim=-1)
 
     def forward(self, frames, ids, mask):
-        return self.embed_video(frames), self.embed_text(ids, mask), self.log_scale.exp().clamp(max=100)
+        with torch.no_grad():
+            self.log_scale.clamp_(max=math.log(100))                # CLIP's bound; the gradient goes on
+        return self.embed_video(frames), self.embed_text(ids, mask), self.log_scale.exp()
 
 
 def contrastive_loss(video, text, scale, video_ids):
@@ -1156,8 +1160,7 @@ class LinearProbe(nn.Module):
     def __init__(self, model, classes):
         super().__init__()
         c, self.model = model.config, model.requires_grad_(False)
-        self.quarters = min(2, c.grid)
-        features = c.frames * self.quarters ** 2 * c.width
+        features = c.frames * 4 * c.width
         self.norm, self.classifier = nn.BatchNorm1d(features, affine=False), ScoreHead(features, classes)
 
     @torch.no_grad()
@@ -1166,7 +1169,7 @@ class LinearProbe(nn.Module):
         h_video = self.model.fuse(self.model.encode_video(frames), None, None)[2]           # (B, N, D)
         g = self.model.config.grid
         maps = h_video.reshape(-1, g, g, h_video.shape[-1]).permute(0, 3, 1, 2)             # (B*T, D, g, g)
-        return F.adaptive_avg_pool2d(maps, self.quarters).reshape(len(frames), -1)
+        return F.adaptive_avg_pool2d(maps, 2).reshape(len(frames), -1)
 
     def forward(self, features):
         return self.classifier(self.norm(features))
@@ -1194,7 +1197,8 @@ def codebook_usage(counts):
 
 @torch.no_grad()
 def joint_scores(model, video, text, mask, part=200):
-    """`match` of every caption and video: video (V, N, D), text (Q, L, D), mask (Q, L) -> (Q, V)."""
+    """`match` of every caption and video: video (V, N, D), text (Q, L, D), mask (Q, L) -> (Q, V);
+    `part` videos at a time."""
     scores = []
     for t, m in zip(text, mask):
         t, m = t[:m.sum()], m[:m.sum()]                             # without padding
@@ -1396,7 +1400,8 @@ def named_tensors(value, name="", depth=6):
 
 
 def follow_words(rows, initial, ours, theirs, report):
-    """The file's word embeddings in the order of our words; words that it lacks stay initialised."""
+    """The file's word embeddings `rows` (its words, width) in the order of our words, as `initial` (our rows,
+    width); words that it lacks stay initialised. `ours` and `theirs` are the words."""
     theirs = theirs or ours
     if rows.shape[1:] != initial.shape[1:] or not theirs and len(rows) == len(initial):
         return rows                     # another width, which is refused below, or rows taken one by one
@@ -1505,14 +1510,14 @@ def at_least(least, kind=int, most=2**32 - 1):
 
 
 def shared_flags(parser, out):
-    """Adds the flags of every script. Epochs, batch size and rate are by default the preset's."""
+    """Adds the flags of every script. Epochs, batch size and rate are by default the preset's or a task's."""
     add = parser.add_argument
     add("--data", default="data/toy", metavar="DIR", help="folder with train.jsonl or captions.jsonl, or a "
         "task's files (default: data/toy, the synthetic set, rendered on first use)")
     add("--preset", default="toy", choices=["toy", "paper"], help="sizes and settings (default: toy)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: the best there is")
     add("--epochs", type=at_least(1), help="passes over the training clips")
-    add("--max-steps", type=at_least(1), help="end after so many steps, the schedule shortened to them")
+    add("--max-steps", type=at_least(1), help="end after this many steps; the schedule is shortened to them")
     add("--batch-size", type=at_least(1), help="clips a step in all; processes and --accumulate divide them")
     add("--accumulate", type=at_least(1), default=1, help="compute a batch in so many parts: less memory")
     add("--lr", type=at_least(0, float), help="peak learning rate")
@@ -1521,7 +1526,8 @@ def shared_flags(parser, out):
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--seed", type=at_least(0), default=0, help="all randomness follows from it (default: 0)")
-    add("--save-every", type=at_least(1), default=200, metavar="STEPS", help="write last.pt so often")
+    add("--save-every", type=at_least(1), default=200, metavar="STEPS", help="between two writes of last.pt "
+        "(default: 200)")
     add("--out", default=out, metavar="DIR", help=f"the run's folder (default: {out})")
     add("--resume", action="store_true", help="go on from OUT/last.pt, with the same flags to the weights of "
         "an unbroken run")
@@ -1792,8 +1798,8 @@ def fill(model, checkpoint):
 class Run:
     """A run and its folder: last.pt to go on from, best.pt, metrics.jsonl. Only rank 0 writes.
 
-    Begins anew, or with --resume from last.pt. `decide` names the flags that decide the result beside Config
-    and --seed, `sums` are tensors to which each process adds, {name: tensor}; `extra` goes into checkpoints.
+    Begins anew, or with --resume from last.pt, where Config, --seed and the flags that `decide` names must be
+    as they were. `sums` {name: tensor} are what each process adds to; `extra` goes into checkpoints.
     """
 
     def __init__(self, args, kind, config, vocab, machine, model, optimizer, decide=(), sums=None, **extra):
@@ -1825,6 +1831,7 @@ class Run:
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.step, self.best = checkpoint["step"], float(checkpoint["best"])
+            self.broken = set(checkpoint["broken"])
             for name, total in checkpoint["sums"].items():
                 self.sums[name].copy_(total if self.machine.rank == 0 else 0 * total)
             if self.machine.rank == 0:      # evaluations after that step, and the final one, are made again
@@ -1837,7 +1844,8 @@ class Run:
 
     def batches(self, loader, steps, lr, warmup):
         """The batches of the steps that are left. Each step sets its learning rate and dropout's seed, which
-        follow from the step alone; Ctrl-C and SIGTERM end the run after a step, saved."""
+        depend on no step before it; last.pt is written every --save-every steps. Ctrl-C and SIGTERM end the
+        run after a step, saved."""
         began, machine = time.perf_counter(), self.machine
         bar = tqdm(loader, initial=self.step, total=steps, unit="step", disable=machine.rank > 0)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1863,7 +1871,8 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def optimise(self, loss):
-        """A step along the gradients, clipped to norm 1. `loss` is this process's part of the batch's."""
+        """A step along the gradients, clipped to norm 1 (ours). `loss` is this process's part of the batch's.
+        The first step opens the run's folder."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         if self.step == 0 and self.machine.rank == 0:
@@ -1904,8 +1913,8 @@ class Run:
         self.check_finite()
         sums = {name: self.machine.total(value) for name, value in self.sums.items()}
         if self.machine.rank == 0:
-            save({**self.checkpoint(), "sums": sums, "optimizer": self.optimizer.state_dict()},
-                 self.folder / "last.pt")
+            save({**self.checkpoint(), "sums": sums, "broken": sorted(self.broken),
+                  "optimizer": self.optimizer.state_dict()}, self.folder / "last.pt")
 
     def evaluated(self, score, **values):
         """Logs an evaluation on val; the weights become best.pt if `score` is the highest so far."""
@@ -1924,7 +1933,7 @@ class Run:
         if self.machine.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         if self.clips:
-            self.machine.print(f"{self.clips / self.seconds:.0f} clips/s, {memory:.2f} GiB at most")
+            self.machine.print(f"{self.clips / self.seconds:.0f} clips/s, with evaluations; {memory:.2f} GiB")
         if self.machine.world_size > 1:         # rank 0's last lines count what any process found broken
             found = [None] * self.machine.world_size
             dist.all_gather_object(found, self.broken, group=self.machine.day_group)
@@ -1951,8 +1960,6 @@ def encode_clips(encode, loader, machine, run):
         run.name_broken(batch["broken"], "left out")
         encoded.append(values[batch["whole"].to(machine.device)])
         rows += [row for row, whole in zip(batch["rows"], batch["whole"].tolist()) if whole]
-    if not rows:
-        raise InputError("none of the clips to be scored can be read")
     return torch.cat(encoded), rows
 
 
@@ -1987,7 +1994,7 @@ def score_retrieval(model, captions, loader, wordpiece, machine, run, shown=5):
             text, mask = encode_captions(model.encode_text, texts, wordpiece, config, machine)
             with machine.autocast():
                 scores = joint_scores(model, video, text, mask)                             # (q, V)
-        tolerance = 1e-6 if fast else ROUNDING
+        tolerance = 1e-6 if fast else ROUNDING          # cosines lie closer together
         ranks.append(rank_of_truth(scores, truth.to(scores.device), tolerance).cpu())
         best.append([x.cpu() for x in scores.topk(min(shown, len(place)))])
     return rows, torch.cat(ranks), list(place), [torch.cat(parts) for parts in zip(*best)]
@@ -1995,7 +2002,7 @@ def score_retrieval(model, captions, loader, wordpiece, machine, run, shown=5):
 
 @torch.no_grad()
 def score_choices(model, loader, wordpiece, machine, run):
-    """Zero-shot multiple choice: the option that fits best; a tie is wrong.
+    """Zero-shot multiple choice, options alone: the one that fits best; a tie is wrong.
 
     -> {"mc": accuracy, "mc_unseen", and "mc_NAME" for each NAME of `changed_and_unseen`}.
     """
@@ -2018,7 +2025,7 @@ def changed_and_unseen(row):
 
 
 def accuracies(name, right, kinds):
-    """{name: accuracy}, and {name_KIND: that of the answers of a kind}: whether each is right, its kinds."""
+    """-> {name: accuracy, name_KIND: accuracy of that kind}; an answer is `right` or not, and of `kinds`."""
     hits = {}
     for hit, its_kinds in zip(right, kinds):
         for key in (name, *(f"{name}_{kind}" for kind in its_kinds)):

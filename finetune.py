@@ -8,11 +8,13 @@
     python finetune.py ask CLIP "what colour is the circle?"
 
 A task trains on its files in --data; the epoch that is best on val is scored on test. It leaves in --out
-(runs/TASK): last.pt (go on with --resume), best.pt, metrics.jsonl, curves.png, a picture of predictions.
+(runs/qa, runs/mc-caption and so on): last.pt (go on with --resume), best.pt, metrics.jsonl, curves.png, a
+picture of predictions.
 """
 import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from evilm import (ROUNDING, Choice, Config, EViLM, FastRetrieval, InputError, L
                    rank_of_truth, read_metrics, recalls, run_script, score_retrieval, set_up, shared_flags,
                    start_centred, vtm_loss, vtm_targets)
 from toy_data import (Batches, BrokenClip, ClipCaptions, DataError, collate, find_clips, make_loader,
-                      open_split, open_splits, plots, read_clip, render_if_missing, spans)
+                      open_split, open_splits, plots, printable, read_clip, render_if_missing, spans)
 
 # (epochs, peak learning rate, batch size) of each task; --config and the flags change them. The paper gives
 # retrieval's alone (4.4); for the rest it has "task-specific learning rates/epochs" (4.1).
@@ -43,7 +45,7 @@ def parse(argv=None):
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     add = {name: commands.add_parser(name, help=task.title).add_argument for name, task in TASKS.items()}
     for name in TASKS:
-        shared_flags(commands.choices[name], out=f"runs/{name}, or as runs/mc-action-zero-shot")
+        shared_flags(commands.choices[name], out=f"runs/{name}, and what --set, --zero-shot and so on add")
         commands.choices[name].set_defaults(out=None, set="", see="", scoring="", zero_shot=False)
         add[name]("--init", default="runs/pretrain", metavar="PATH|none", help="run of pretrain.py or of "
                   "retrieval --scoring joint; none: from scratch (default: runs/pretrain)")
@@ -103,7 +105,7 @@ def train(args):
     model = task.head(base).to(machine.device)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, machine.device)
     run = Run(args, args.task, config, wordpiece.vocab, machine, model, optimizer,
-              decide=("init", "set", "see", "scoring"), answers=list(task.answers))
+              decide=("max_steps", "init", "set", "see", "scoring"), answers=list(task.answers))
     if args.zero_shot:
         if machine.rank == 0:
             finish(task, model, run, args, machine)
@@ -179,7 +181,8 @@ def with_settings(config, args):
     """The Config with the task's SETTINGS, changed by --config and by the flags that are given."""
     names = "epochs", "lr", "batch_size"
     settings = dict(zip(names, SETTINGS[args.task][args.preset]))
-    if args.task == "mc" and args.preset == "toy" and not args.zero_shot:
+    synthetic = args.preset == "toy" and Path(args.data, "set.json").exists()
+    if args.task == "mc" and synthetic and not args.zero_shot:
         settings |= SYNTHETIC_SETS.get(args.set, {})
     return configure(replace(config, **settings), args, **{name: name for name in names})
 
@@ -208,7 +211,7 @@ def finish(task, model, run, args, machine):
     print(f"{task.title}, test{', zero-shot' if args.zero_shot else ''}")
     for name, value in scores.items():
         whole = isinstance(value, int) or name == "median_rank"
-        print(f"  {name:<30}" + (f"{value:6g}" if whole else f"{value:6.1%}"))
+        print(f"  {printable(name):<30}" + (f"{value:6g}" if whole else f"{value:6.1%}"))
     print(f"look at {', '.join(sorted(path.name for path in run.folder.glob('*.png')))} in {run.folder}; "
           f"broken clips: {len(run.broken)}")
     if args.init != "none" and not args.zero_shot:
@@ -340,7 +343,7 @@ class Questions(Choices):
 
     def kinds(self, row):
         """The row's own `kind`, else the question's first word, as MSRVTT-QA and MSVD-QA count."""
-        return [row.get("kind") or row["question"].split()[0].lower()]
+        return [str(row.get("kind") or row["question"].split()[0].lower())]
 
 
 class Options(Choices):
@@ -369,9 +372,10 @@ class Retrieval(Task):
         self.fast = self.args.scoring == "fast"
         self.title += f", {self.args.scoring}"
         self.baselines = {"chance of r1": 1 / len(self.splits["test"].each_video())}
-        if self.fast and (self.args.accumulate > 1 or self.config.batch_size == 1):
+        clips = len(self.splits["train"].each_video()) if "train" in self.splits else 2
+        if self.fast and (self.args.accumulate > 1 or min(self.config.batch_size, clips) == 1):
             raise InputError("fast retrieval contrasts each clip with the whole batch: use no --accumulate, "
-                             "and a --batch-size of two or more")
+                             "and a --batch-size and clips of two or more")
 
     def head(self, model):
         return FastRetrieval(model) if self.fast else freeze(model, "mlm_head", "mvm_head")
@@ -545,7 +549,7 @@ def ask(args):
     with machine.autocast():
         probabilities = model(frames.to(machine.device) / 255, ids[None], mask[None])[0].softmax(0)
     for probability, place in zip(*probabilities.topk(min(args.top, len(answers)))):
-        print(f"{float(probability):6.1%}  {answers[place]}")
+        print(f"{float(probability):6.1%}  {printable(answers[place])}")
 
 
 def read_frames(path, config, size=None):

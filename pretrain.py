@@ -5,7 +5,8 @@
     torchrun --nproc-per-node=2 pretrain.py             several processes
 
 Trains the tokenizer first where there is none. Leaves in --out: last.pt (go on with --resume), best.pt
-(highest mean of VTM and MLM accuracy on val), metrics.jsonl, curves.png, masked.png, retrieval.png.
+(highest mean of VTM and MLM accuracy on val, or MVM's alone), metrics.jsonl, curves.png, masked.png,
+retrieval.png.
 """
 import contextlib
 import math
@@ -57,8 +58,9 @@ def parse(argv=None):
             raise InputError("--tokenizer none: MVM's labels come from a tokenizer; name one")
     if args.init_text and not args.vocab:
         raise InputError("--init-text: its rows are of BERT's words; name its vocab.txt with --vocab")
+    args.init_video = None if args.init_video == "none" else args.init_video
     for flag, path in (("--init-video", args.init_video), ("--init-text", args.init_text)):
-        if path not in (None, "none") and not Path(path).is_file():
+        if path and not Path(path).is_file():
             raise InputError(f"{flag} {path}: there is no such file")
     return args
 
@@ -138,7 +140,8 @@ def train(args):
     optimizer = make_optimizer(model, config.lr, config.weight_decay, machine.device)
     sums = torch.zeros(len(OBJECTIVES), device=machine.device)  # of each loss since the last evaluation
     run = Run(args, "pretrain", config, wordpiece.vocab, machine, model, optimizer,
-              decide=("objectives", "tokenizer", "init_video", "init_text"), sums={"losses": sums})
+              decide=("max_steps", "objectives", "tokenizer", "init_video", "init_text"),
+              sums={"losses": sums})
     wrapped = machine.wrap(model, args.compile)
 
     steps = min(args.max_steps or math.inf, config.epochs * max(1, len(clips) // config.batch_size))
@@ -147,7 +150,7 @@ def train(args):
     loader = make_loader(clips, batches, make_batch, args.workers)
     held_out = make_loader(val, collate=make_batch, workers=args.workers, most=EVALUATED)
     offline = offline_codes(tokenizer, clips, args, machine) if args.codes == "offline" else None
-    evaluate_every = max(100, math.ceil(steps / 5))             # five times a run
+    evaluate_every = max(100, math.ceil(steps / 5))             # five times, a short run less often
     keep = {max(1, round(fraction * steps)): fraction for fraction in args.keep_at}
     machine.print(f"pre-training on {'+'.join(args.objectives)}: {len(clips):,} clips, {steps:,} steps of "
                   f"{batches.batch_size}, {machine}")
@@ -176,7 +179,8 @@ def train(args):
             if machine.rank == 0:
                 scores = evaluate(model, run, held_out, questions["val"], tokenizer, make_batch, machine)
                 run.evaluated(selection_score(scores), **scores,
-                              **{f"loss_{name}": float(x) for name, x in zip(OBJECTIVES, trained) if x})
+                              **{f"loss_{name}": float(x) for name, x in zip(OBJECTIVES, trained)
+                                 if name in args.objectives})
                 machine.print(f"step {run.step:,}, val: " + ", ".join(
                     f"{name} {scores[name]:.1%}" for name in (*OBJECTIVES, "mc") if name in scores))
             machine.barrier()
@@ -192,7 +196,7 @@ def train(args):
 
 
 def open_questions(args, config, split, most):
-    """A loader of the first questions of mc_caption, for zero-shot multiple choice; None if there are none."""
+    """A loader of mc_caption's first questions, for zero-shot multiple choice; None if there are none."""
     if not Path(args.data, f"mc_caption_{split}.jsonl").exists():
         return None
     rows = open_split(args.data, split, "mc_caption")
@@ -236,7 +240,7 @@ def open_tokenizer(args, config, wordpiece, machine):
 
 def start_encoders(model, manifest, args, machine):
     """Published weights where --init-video and --init-text name them; from scratch, centred norms."""
-    if args.init_video != "none":
+    if args.init_video:
         machine.print(str(load_published(model.video_encoder, args.init_video)))
     else:
         config = model.config
@@ -292,8 +296,8 @@ def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
     there are questions; fractions of 1.
 
     Matching sees whole inputs; words are masked under whole frames, patches under whole words. `mlm_other` is
-    MLM with another clip's frames, `mlm_content` MLM on words that are not function words; `distinct` is the
-    number of codes a frame. For MVM's baselines see `copied_codes`.
+    MLM with the frames of the clip half a batch away, `mlm_content` MLM on words that are not function words;
+    `distinct` is the number of codes a frame. For MVM's baselines see `copied_codes`.
     """
     wordpiece, objectives = make_batch.wordpiece, make_batch.objectives
     model.eval()

@@ -94,21 +94,14 @@ def train(args):
                                      config.augment, mismatched=False)
                         for name in ("train", "val", "test"))
     make_batch = TokenizerBatch(wordpiece, config.max_words)
-    if args.init_tokenizer and not args.resume:
-        machine.print(str(load_published(tokenizer.encoder, args.init_tokenizer)))
-    elif config.preset == "paper" and not args.resume:
-        machine.print("without --init-tokenizer FILE the encoder starts from scratch, and the paper's "
-                      "settings let its codebook collapse; --warm 0.4 --revive-after 20 help")
-    if tokenizer.sees_neighbours and not args.init_tokenizer and not args.resume:
-        middle = ClipCaptions(splits["train"], config.frames, config.size, args.seed, False, mismatched=False)
-        frames = middle.first(32).to(machine.device) / 255
-        start_centred(tokenizer.encoder, tokenizer.normalise(frames))
+    if not args.resume:
+        start_encoder(tokenizer, splits["train"], args, machine)
     if args.freeze_encoder:
         freeze(tokenizer, "encoder")
     optimizer = make_optimizer(tokenizer, config.tokenizer_lr, config.weight_decay, machine.device)
     used = torch.zeros(config.codes, device=machine.device)         # codes chosen since the last revival
     run = Run(args, "tokenizer", config, wordpiece.vocab, machine, tokenizer, optimizer,
-              decide=("loss", "init_tokenizer", "freeze_encoder"), sums={"used": used})
+              decide=("max_steps", "loss", "init_tokenizer", "freeze_encoder"), sums={"used": used})
     wrapped = machine.wrap(tokenizer, args.compile)
 
     steps_per_epoch = max(1, len(clips) // config.tokenizer_batch_size)
@@ -123,26 +116,23 @@ def train(args):
     machine.print(f"tokenizer: {len(clips):,} clips, {steps:,} steps of {batches.batch_size}, {machine}")
     for batch in run.batches(loader, steps, config.tokenizer_lr, config.warmup):
         if run.step == warm > 0:
-            vectors = embed(tokenizer, wrapped, batch, args, machine)
-            tokenizer.quantizer.move_codes(torch.ones_like(used).bool(), vectors, step_generator(args, run))
-            # `used` is not reset: the first revival spares the codes that were nearest in the warm-up.
+            move_codes(torch.ones_like(used).bool(), tokenizer, wrapped, batch, run)
+            # `used` keeps the marks of the warm-up, so that the first revival moves few of the new codes.
         total = torch.zeros((), device=machine.device)
         for part in machine.parts(wrapped, batch, args.accumulate):
             frames = part["frames"].float() / 255
             with machine.autocast():
                 read, ids, code_loss = wrapped(frames, quantize=run.step >= warm)
                 loss, _ = tokenizer_loss(args, config, frames, part, read, code_loss)       # Eq. (7)
-            loss = loss / args.accumulate                           # equal parts; DDP averages over processes
-            loss.backward()
-            total += loss.detach() / machine.world_size
+            (loss / args.accumulate).backward()                     # equal parts; DDP averages over processes
+            total += loss.detach() / args.accumulate / machine.world_size
             used.index_fill_(0, ids.flatten(), 1.0)
         run.optimise(total)
         # The last fifth of the run leaves the codes alone, so that the decoder can settle.
         revives = config.tokenizer_revive and run.step % config.tokenizer_revive == 0
         if revives and warm < run.step < 0.8 * steps:
-            vectors = embed(tokenizer, wrapped, batch, args, machine)
             unused = (machine.total(used) == 0).to(machine.device)
-            tokenizer.quantizer.move_codes(unused, vectors, step_generator(args, run))
+            move_codes(unused, tokenizer, wrapped, batch, run)
             used.zero_()
         if run.step % evaluate_every == 0 or run.step == steps:
             run.check_finite()
@@ -159,17 +149,28 @@ def train(args):
     machine.barrier()
 
 
+def start_encoder(tokenizer, manifest, args, machine):
+    """Published weights where --init-tokenizer names them; from scratch, VideoSwin's norms centred."""
+    if args.init_tokenizer:
+        machine.print(str(load_published(tokenizer.encoder, args.init_tokenizer)))
+        return
+    c = tokenizer.config
+    if c.preset == "paper" and not c.tokenizer_revive:
+        machine.print("without --init-tokenizer FILE the encoder starts from scratch, and the paper's "
+                      "settings let its codebook collapse; --warm 0.4 --revive-after 20 help")
+    if tokenizer.sees_neighbours:
+        middle = ClipCaptions(manifest, c.frames, c.size, args.seed, train=False, mismatched=False)
+        frames = middle.first(32).to(machine.device) / 255
+        start_centred(tokenizer.encoder, tokenizer.normalise(frames))
+
+
 @torch.no_grad()
-def embed(tokenizer, wrapped, batch, args, machine):
-    """E(X) of a batch on all processes: (patches, code_dim)."""
-    parts = machine.parts(wrapped, batch, args.accumulate)
+def move_codes(which, tokenizer, wrapped, batch, run):
+    """Moves the codes where `which` (M,) is True onto E(X) of the batch, on all processes alike."""
+    parts = run.machine.parts(wrapped, batch, run.args.accumulate)
     vectors = torch.cat([tokenizer.embed(part["frames"].float() / 255) for part in parts])
-    return machine.gather(vectors).flatten(0, 3)
-
-
-def step_generator(args, run):
-    """A generator of this step, the same on all processes."""
-    return torch.Generator().manual_seed(args.seed * 1_000_003 + run.step)
+    generator = torch.Generator().manual_seed(run.args.seed * 1_000_003 + run.step)
+    tokenizer.quantizer.move_codes(which, run.machine.gather(vectors).flatten(0, 3), generator)
 
 
 @torch.no_grad()
@@ -179,7 +180,6 @@ def evaluate(tokenizer, loader, run, args, machine):
     Beside the words' loss: their recall, of a caption's k words those among the k that score highest; beside
     the pixels': the squared error of a clip's mean colour.
     """
-    tokenizer.eval()
     config, n = tokenizer.config, 0
     sums, beside, counts = torch.zeros(2), 0.0, torch.zeros(config.codes)
     for batch in loader:
@@ -200,7 +200,6 @@ def evaluate(tokenizer, loader, run, args, machine):
             ranks = read.float().argsort(1, descending=True).argsort(1)
             found = (ranks < words.sum(1, keepdim=True)) * words
             beside = beside + torch.stack([found.sum(0), words.sum(0)]).cpu()               # (2, K)
-    tokenizer.train()
     (part, whole), (loss_name, beside_it) = beside, METRICS[config.tokenizer_target]
     scores = {loss_name: float(sums[0] / n), "code_loss": float(sums[1] / n),
               beside_it: float(part.sum() / whole.sum()), **codebook_usage(counts)}
@@ -264,7 +263,6 @@ def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8
     above their frequency in captions; of a tokenizer of pixels, words that captions of the code's clips have
     oftener than others.
     """
-    tokenizer.eval()
     c, patches_of, carried, present = tokenizer.config, {}, [], []
     counts = torch.zeros(c.codes)
     for batch in loader:

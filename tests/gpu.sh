@@ -35,6 +35,6 @@ done
 part benchmark '^ |GB|GiB|MiB|lines|times' $python tests/benchmark.py --device cuda
 if [ "$gpus" -gt 1 ]; then
     part two-processes '(clips/s, |^error)' $python -m torch.distributed.run --nproc-per-node=2 \
-        pretrain.py --device cuda --max-steps 200 --tokenizer "$out/tokenizer" --out "$out/two"
+        pretrain.py --device cuda --max-steps 200 --tokenizer "$out/tokenizer" --out "$out/two" $flags
 fi
 cat "$out/gpu.md"

@@ -7,13 +7,15 @@
 Each run's last metrics line is kept in docs/results.jsonl under a hash of its script, flags, Config, the
 set's version and the runs that it begins from; what is there is not run again. Runs lie in runs/tables:
 Ctrl-C stops, the same command goes on. A row has a learning rate of its own, chosen on val with a seed that
-is not reported, over rates that are extended until the best is not at the edge; two tables have a given rate.
+is not reported, over rates that are extended until the best is not at the edge, or that of the row with the
+same objectives in Table 5; table5-longer has a given rate, and focal the preset's.
 """
 import argparse
 import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -30,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from evilm import Config, read_metrics                              # noqa: E402
 from toy_data import plots, synthetic                               # noqa: E402
 
-RESULTS, RUNS = ROOT / "docs/results.jsonl", Path("runs/tables")
+RESULTS, RUNS, DATA = ROOT / "docs/results.jsonl", Path("runs/tables"), Path(synthetic.SYNTHETIC)
 CHOICE_SEED = 10                                # chooses rates, and chose the set and the preset
 TASK_SEED = 16                                  # chooses rates of tasks, whose table has seeds 11 to 15
 SEEDS, FORMER = range(11, 21), range(1, 6)      # the former ones' results led to the number of steps
@@ -80,16 +82,19 @@ class Job:
 LOCKS = defaultdict(threading.Lock)             # two rows may begin from the same run
 
 
-def twentieth(data):
-    """A folder beside the runs with the clips of `data`, every 20th line to train on, and all others."""
-    folder = RUNS / "twentieth"
+def twentieth():
+    """A folder beside the runs with the set's clips, every 20th line to train on, and all others."""
+    folder = RUNS / f"twentieth-{synthetic.VERSION}"
     with LOCKS["twentieth"]:
         if not folder.exists():
-            folder.mkdir(parents=True)
-            (folder / "clips").symlink_to(Path(data, "clips").resolve())
-            for file in Path(data).glob("*.jsonl"):
+            draft = folder.with_suffix(".part")
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            (draft / "clips").symlink_to((DATA / "clips").resolve())
+            for file in DATA.glob("*.jsonl"):
                 lines = file.read_text().splitlines(keepends=True)
-                (folder / file.name).write_text("".join(lines[::20] if "train" in file.name else lines))
+                (draft / file.name).write_text("".join(lines[::20] if "train" in file.name else lines))
+            draft.rename(folder)
     return folder
 
 
@@ -98,16 +103,16 @@ def results():
     return {line["key"]: line for line in map(json.loads, lines)}
 
 
-def make(job, data, checkpoint=False):
+def make(job, checkpoint=False):
     """Runs what is missing of a job: its result or, where another run begins from it, its checkpoint."""
     with LOCKS[job.key]:
         if job.result() and not (checkpoint and not (job.folder / "best.pt").exists()):
             return
         for _, begin in job.begins:
-            make(begin, data, checkpoint=True)
+            make(begin, checkpoint=True)
         begins = [word for flag, begin in job.begins for word in (flag, str(begin.folder))]
         command = [sys.executable, str(ROOT / job.script), *job.flags.split(), *begins,
-                   "--data", str(twentieth(data) if job.twentieth else data),
+                   "--data", str(twentieth() if job.twentieth else DATA),
                    "--seed", str(job.seed), "--out", str(job.folder), "--workers", "0"]
         if (job.folder / "last.pt").exists():
             command.append("--resume")
@@ -122,7 +127,8 @@ def make(job, data, checkpoint=False):
                 "val": max(map(selection, val)), "mc": [(v["step"], v["mc"]) for v in val if "mc" in v],
                 "test": {name: round(x, 5) for name, x in lines[-1].items() if isinstance(x, (int, float))}}
         with LOCKS["results"], open(RESULTS, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            if not job.result():
+                file.write(json.dumps(line) + "\n")
 
 
 def selection(line):
@@ -132,9 +138,9 @@ def selection(line):
     return line.get("r1", line.get("top1", -line.get("word_loss", line.get("pixel_loss", 0))))
 
 
-def make_all(jobs, data):
+def make_all(jobs):
     with ThreadPoolExecutor(2) as two:
-        made = [two.submit(make, job, data) for job in dict.fromkeys(jobs)]
+        made = [two.submit(make, job) for job in dict.fromkeys(jobs)]
         try:
             for one in made:
                 one.result()
@@ -214,7 +220,7 @@ ATTRIBUTES = tuple(f"mc_{name}" for name in "colour shape binding background mot
 LONGER = (replace(BASE, flags=WITHOUT + " --epochs 8", at=5e-4),
           *(Row(f"VTM+MLM+MVM, tokenizer of {250 * epochs:,} steps", WITH + " --epochs 8",
                 f"--epochs {epochs}", FULL.paper, at=5e-4) for epochs in (1, 4)))
-TABLES = {          # seeds, columns, rows; the rows are compared with the first
+TABLES = {          # seeds, columns, rows; each row is compared with those before it
     "table5": (SEEDS, (*ZERO_SHOT, "mlm_other", *ATTRIBUTES, "mvm", "mvm_mode", "mvm_copy", "distinct"), (
         BASE, FULL)),
     "table5-controls": (SEEDS[:5], (*ZERO_SHOT, "mc_colour", "QA, a twentieth"), (
@@ -231,8 +237,8 @@ TABLES = {          # seeds, columns, rows; the rows are compared with the first
         replace(FULL, name="MVM of words, ViT", paper="QA 39.3"),
         Row("MVM of words, Video Swin", WITH, "--encoder videoswin", "QA 38.5", FULL))),
     "fig2": (SEEDS[:3], ("mc", "r10", "vtm"), tuple(
-        Row(f"{name}, width 48", f"{flags} --config width=48", tokens)
-        for name, flags, tokens in (("VTM+MLM", WITHOUT, None), ("VTM+MLM+MVM", WITH, "")))),
+        replace(row, name=f"{row.name}, width 48", flags=f"{row.flags} --config width=48", rates_of=row)
+        for row in (BASE, FULL))),
     "masks": (SEEDS[:3], ("mvm", "mvm_copy", "mvm_mode", "mc", "vtm"), (
         FULL, *(Row(name, f"{WITH} --config {change}", "", rates_of=FULL) for name, change in (
             ("20%", "mask_ratio=0.2"), ("60%", "mask_ratio=0.6"), ("single patches", "blocks=False"))))),
@@ -317,7 +323,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--data", default="data/toy", metavar="DIR", help="default: data/toy")
     parser.add_argument("--show", action="store_true", help="only print what docs/results.jsonl holds")
     args = parser.parse_args()
     if unknown := sorted(set(args.tables) - set(TABLES)):
@@ -331,11 +336,13 @@ def main():
             minutes += len(seeds) * sum(MINUTES["finetune.py"] if column in TASKS else
                                         MINUTES["pretrain.py"] * Config.toy().epochs for column in later)
         print(f"{name}: about {minutes / 120:.1f} hours to go")
+    if args.tables and not args.show:
+        synthetic.render_if_missing(DATA)
     for name in args.tables:
         while not args.show and (jobs := missing(name)):        # the rates first, then what they decide
-            make_all(jobs, args.data)
+            make_all(jobs)
         show(name)
-        if name == "table5":
+        if name == "table5" and not args.show:
             draw_fig6(ROOT / "docs/mc.png")
 
 

@@ -422,10 +422,13 @@ def test_retrieval_names_an_absent_video_once_and_ranks_the_others(go, home, tmp
     ("mc --set transition", 4, 1e-3, 10), ("mc --set transition --config video_positions=2.0", 4, 1e-3, 2),
     ("mc --set action --epochs 5 --lr 0.2", 5, 0.2, 3), ("mc --set action --preset paper", 20, 5e-5, 1),
     ("retrieval --preset paper", 200, 3e-4, 1), ("qa --lr 0", 1, 0, 1)])
-def test_settings_are_the_tables_and_the_synthetic_sets_and_flags_win(typed, epochs, lr, positions):
-    args = finetune.parse(typed.split())
+def test_settings_are_the_tables_and_the_synthetic_sets_and_flags_win(tmp_path, typed, epochs, lr, positions):
+    args = finetune.parse([*typed.split(), "--data", str(tmp_path)])
+    (tmp_path / "set.json").touch()                             # the synthetic set has it
     config = finetune.with_settings(getattr(Config, args.preset)(), args)
     assert (config.epochs, config.lr, config.video_positions) == (epochs, lr, positions)
+    (tmp_path / "set.json").unlink()
+    assert finetune.with_settings(Config.toy(), finetune.parse(["mc", "--data", str(tmp_path)])).epochs == 4
 
 
 def test_going_on_with_another_set_is_refused(go, whole, home):

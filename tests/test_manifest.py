@@ -43,10 +43,10 @@ def test_a_manifest_is_a_sequence_of_its_rows(tmp_path):
 def test_line_numbers_count_blank_lines_and_any_line_end(tmp_path):
     path = tmp_path / "train.jsonl"
     one, two, three = (json.dumps(row).encode() for row in rows_of(3))
-    path.write_bytes(b"\n" + one + b"\r\n\n  \n" + two + b"\n" + three)  # no line end after the last
+    path.write_bytes(b"\xef\xbb\xbf" + one + b"\r\n\n  \n" + two + b"\n" + three)  # no line end after the last
     manifest = Manifest(path, FIELDS)
     assert [row["video"] for row in manifest] == ["0.gif", "1.gif", "2.gif"]
-    assert [manifest.line(i) for i in range(3)] == [2, 5, 6]
+    assert [manifest.line(i) for i in range(3)] == [1, 4, 5]
 
 
 @pytest.mark.parametrize("line, wrong", [
@@ -222,6 +222,11 @@ def test_a_folder_without_manifests_says_what_is_missing(tmp_path, task, names):
         open_splits(tmp_path, task)
     with pytest.raises(DataError, match="gone: there is no such folder; give one that holds"):
         open_splits(tmp_path / "gone", task)
+    if not task:            # which would be cut into a test split of its own
+        for name in ("captions", "test"):
+            write(tmp_path / f"{name}.jsonl", rows_of(20))
+        with pytest.raises(DataError, match="has test.jsonl but no train.jsonl; rename captions.jsonl"):
+            open_splits(tmp_path)
     path = write(tmp_path / "test.txt", [])
     for opened in (lambda: open_splits(path, task), lambda: open_split(path, "test", task)):
         with pytest.raises(DataError, match=f"test.txt: is a file; .*: --data {tmp_path}$"):

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch.testing import assert_close as near
 
-from evilm import CrossCovarianceAttention, EViLM, SDTAEncoder, contrastive_loss, rank_of_truth
+from evilm import CrossCovarianceAttention, EViLM, FastRetrieval, SDTAEncoder, contrastive_loss, rank_of_truth
 
 
 # --------------------------------------------------------------------------------- Cross-covariance attention
@@ -137,3 +137,12 @@ def test_contrastive_loss_has_the_fp32_gradient_under_autocast():
     assert found.dtype == torch.float32 and torch.equal(found, expected)
     gradients = [torch.autograd.grad(loss, inputs) for loss in (found, expected)]
     assert all(map(torch.equal, *gradients))
+
+
+def test_the_temperature_of_fast_retrieval_is_bounded_and_can_leave_its_bound(tiny, frames):
+    fast, ids = FastRetrieval(EViLM(tiny)), torch.full((3, 4), 7)
+    with torch.no_grad():
+        fast.log_scale.fill_(9.0)
+    video, text, scale = fast(frames, ids, ids > 0)
+    contrastive_loss(video, text, scale, torch.arange(3)).backward()
+    assert scale.item() == pytest.approx(100, rel=1e-5) and fast.log_scale.grad != 0

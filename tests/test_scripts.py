@@ -314,6 +314,7 @@ BAD = {     # the command, and what the line names
     "pretrain.py --tokenizer whole/best.pt": "'pretrain'", "pretrain.py --data other": "another vocabulary",
     "pretrain.py --resume --out never": "never/last.pt",
     "pretrain.py --resume --out whole --seed 5": "another seed (0, now 5)",
+    "pretrain.py --resume --out whole --max-steps 7": "another max_steps",
     "pretrain.py --vocab nowhere.txt": "nowhere.txt", "pretrain.py --vocab specials.txt": "no word",
     "pretrain.py --config mask_ratio=0.1": "masks 0 of 4 patches a frame",
     "pretrain.py --config mask_ratio=0.9": "masks 4 of 4 patches a frame",

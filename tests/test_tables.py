@@ -28,6 +28,7 @@ def typed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "docs/results.jsonl")
+    monkeypatch.setattr(tables, "DATA", tmp_path / "set")
     read = functools.cache(lambda size, read=tables.results: read())
     (tmp_path / "docs").mkdir()
     tables.RESULTS.touch()
@@ -96,9 +97,9 @@ def test_a_task_has_a_rate_for_each_row_and_a_twentieth_of_the_lines(typed, monk
         (data / f"qa_{split}.jsonl").write_text("".join(f"{n}\n" for n in range(lines)))
     rows = tables.Row("from scratch"), replace(tables.BASE, at=3e-4)
     monkeypatch.setitem(tables.TABLES, "mine", ([1, 2], ["QA, a twentieth"], rows))
-    made, printed = typed("mine", "--data", str(data))
+    made, printed = typed("mine")
     tasks = [(args.seed, args.lr, Path(args.data)) for args in made if hasattr(args, "task")]
-    less = Path(tables.RUNS, "twentieth")
+    less = tables.twentieth()
     rates = *tables.RATES, BEST_RATE, 2 * BEST_RATE
     assert sorted(tasks) == sorted(2 * [(1, BEST_RATE, less), (2, BEST_RATE, less),
                                         *((tables.TASK_SEED, rate, less) for rate in rates)])

@@ -34,6 +34,7 @@ def main():
     parser.add_argument("--clips", type=int, default=10000, help="clips in all, in fives, at least 45")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same bytes")
     parser.add_argument("--show", action="store_true", help="draw a dozen clips to OUT/sheet.png")
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     args = parser.parse_args()
     with errors_in_one_line():
         render(args.out, args.clips, args.seed)

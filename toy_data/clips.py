@@ -366,7 +366,7 @@ def check_lines(path, fields):
             for number, line in enumerate(file, 1):
                 if not line.isspace():
                     try:
-                        text = line.decode().strip(" \t\r\n")
+                        text = line.decode("utf-8" if index else "utf-8-sig").strip(" \t\r\n")
                         row, end = parse(text)
                         fault = find_fault(row, fields) if end == len(text) else "has more than a JSON object"
                     except (ValueError, RecursionError) as error:
@@ -406,8 +406,7 @@ def find_fault(row, fields):
 
 
 def example(fields):
-    rows = [row for row in EXAMPLES.values() if tuple(row) == fields]
-    return json.dumps(rows[0] if rows else dict.fromkeys(fields, "..."))
+    return json.dumps(next(row for row in EXAMPLES.values() if tuple(row) == fields))
 
 
 def open_splits(folder, task="", note=lambda line: None):
@@ -429,6 +428,9 @@ def open_splits(folder, task="", note=lambda line: None):
         other = "" if task else " and no captions.jsonl"
         raise DataError(f"{folder}: has no {train.name}{other}; a line looks like {example(fields)}")
     splits, what = {name: Manifest(path, fields) for name, path in paths.items() if path.exists()}, ""
+    if splits and not train.exists():
+        raise DataError(f"{folder}: has {paths[next(iter(splits))].name} but no {train.name}; rename "
+                        f"{lone.name} to {train.name}, or move the other file away")
     if not train.exists():
         splits, what = cut(Manifest(lone, fields), {"val": 0.10, "test": 0.10}), f"{lone} is split"
     elif len(splits) < 3:
@@ -453,7 +455,8 @@ def split_path(folder, name, task):
 
 
 def open_split(folder, name, task="", note=lambda line: None):
-    """One of open_splits' three. A file of its own is opened as it is, whether training has files or not."""
+    """One of open_splits' three; but a file of that name is opened as it is, even where open_splits would
+    make another split of it, or refuses a folder without training files."""
     path = split_path(folder, name, task)
     if path.exists():
         return Manifest(path, FIELDS[task.split("_")[0]])
@@ -566,7 +569,7 @@ class ClipCaptions(torch.utils.data.Dataset):
         for _ in range(1000):
             other = self.manifest[int(generator.integers(len(self)))]
             differs = row["video"] != other["video"] and row["caption"] != other["caption"]
-            known = "says" in other and "shows" in row
+            known = isinstance(other.get("says"), list) and isinstance(row.get("shows"), list)
             if differs and not (known and is_true(other["says"], row["shows"])):
                 words = set(other["caption"].split())
                 drawn.append((len(words & own) / len(words | own), other["caption"]))

@@ -408,6 +408,7 @@ def main():
     parser.add_argument("--videos", type=Path, help="the folder that holds its videos, at any depth")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write into")
     parser.add_argument("--split", help="msrvtt: 1k-A (default), 7k, full; hmdb51: 1 (default), 2, 3")
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     args = parser.parse_args()
     with errors_in_one_line():
         tally = convert(args.name, args.annotations, args.videos, args.out, args.split)
