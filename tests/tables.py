@@ -11,6 +11,7 @@ is not reported, over rates that are extended until the best is not at the edge,
 same objectives in Table 5; table5-longer has a given rate, and focal the preset's.
 """
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ from evilm import Config, read_metrics                              # noqa: E402
 from toy_data import plots, synthetic                               # noqa: E402
 
 RESULTS, RUNS, DATA = ROOT / "docs/results.jsonl", Path("runs/tables"), Path(synthetic.SYNTHETIC)
+CONFIG = asdict(Config.toy()) | {"lr": None}    # the flags have it
 CHOICE_SEED = 10                                # chooses rates, and chose the set and the preset
 TASK_SEED = 16                                  # chooses rates of tasks, whose table has seeds 11 to 15
 SEEDS, FORMER = range(11, 21), range(1, 6)      # the former ones' results led to the number of steps
@@ -59,8 +61,7 @@ class Job:
     @property
     def key(self):
         begins = [(flag, job.key) for flag, job in self.begins] + ["a twentieth"] * self.twentieth
-        config = asdict(Config.toy()) | {"lr": None}                # the flags have it
-        parts = [self.script, self.flags, self.seed, config, synthetic.VERSION, begins]
+        parts = [self.script, self.flags, self.seed, CONFIG, synthetic.VERSION, begins]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     @property
@@ -99,8 +100,13 @@ def twentieth():
 
 
 def results():
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {line["key"]: line for line in map(json.loads, lines)}
+    """{key: line} of docs/results.jsonl, read again when it has grown: it is asked for thousands of times."""
+    return read_results(RESULTS, RESULTS.stat().st_size) if RESULTS.exists() else {}
+
+
+@functools.cache
+def read_results(path, size):
+    return {line["key"]: line for line in map(json.loads, path.read_text().splitlines())}
 
 
 def make(job, checkpoint=False):

@@ -1,5 +1,4 @@
 """tests/tables.py, with runs that only pretend: what is made, what is left, what is printed."""
-import functools
 import json
 import re
 import shutil
@@ -29,10 +28,7 @@ def typed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "docs/results.jsonl")
     monkeypatch.setattr(tables, "DATA", tmp_path / "set")
-    read = functools.cache(lambda size, read=tables.results: read())
     (tmp_path / "docs").mkdir()
-    tables.RESULTS.touch()
-    monkeypatch.setattr(tables, "results", lambda: read(tables.RESULTS.stat().st_size))     # read but once
     made = []
 
     def pretend(command, **_):
