@@ -2025,7 +2025,7 @@ def changed_and_unseen(row):
 
 
 def accuracies(name, right, kinds):
-    """-> {name: accuracy, name_KIND: accuracy of that kind}; an answer is `right` or not, and of `kinds`."""
+    """{name: accuracy, name_KIND: accuracy of that kind}, from whether each answer is right and its kinds."""
     hits = {}
     for hit, its_kinds in zip(right, kinds):
         for key in (name, *(f"{name}_{kind}" for kind in its_kinds)):

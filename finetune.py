@@ -372,7 +372,7 @@ class Retrieval(Task):
         self.fast = self.args.scoring == "fast"
         self.title += f", {self.args.scoring}"
         self.baselines = {"chance of r1": 1 / len(self.splits["test"].each_video())}
-        clips = len(self.splits["train"].each_video()) if "train" in self.splits else 2
+        clips = len(self.splits["train"].each_video()) if "train" in self.splits else math.inf
         if self.fast and (self.args.accumulate > 1 or min(self.config.batch_size, clips) == 1):
             raise InputError("fast retrieval contrasts each clip with the whole batch: use no --accumulate, "
                              "and a --batch-size and clips of two or more")

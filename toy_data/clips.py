@@ -428,10 +428,10 @@ def open_splits(folder, task="", note=lambda line: None):
         other = "" if task else " and no captions.jsonl"
         raise DataError(f"{folder}: has no {train.name}{other}; a line looks like {example(fields)}")
     splits, what = {name: Manifest(path, fields) for name, path in paths.items() if path.exists()}, ""
-    if splits and not train.exists():
-        raise DataError(f"{folder}: has {paths[next(iter(splits))].name} but no {train.name}; rename "
-                        f"{lone.name} to {train.name}, or move the other file away")
     if not train.exists():
+        if splits:
+            raise DataError(f"{folder}: has {paths[next(iter(splits))].name} but no {train.name}; rename "
+                            f"{lone.name} to {train.name}, or move the other file away")
         splits, what = cut(Manifest(lone, fields), {"val": 0.10, "test": 0.10}), f"{lone} is split"
     elif len(splits) < 3:
         what = f"{folder} has no " + " and no ".join(paths[name].name for name in paths if name not in splits)
