@@ -151,7 +151,8 @@ def test_three_files_are_taken_as_they_are(tmp_path):
     for name, videos in (("train", 9), ("val", 4), ("test", 5)):
         write(tmp_path / f"{name}.jsonl", rows_of(videos))
     splits, notes = cut_of(tmp_path)
-    assert list(splits) == ["train", "val", "test"] and notes == []
+    assert list(splits) == ["train", "val", "test"]
+    assert "4 videos of val are also in train" in notes[0] and "5 videos of test" in notes[1]
     assert [list(splits[name]) for name in splits] == [rows_of(9), rows_of(4), rows_of(5)]
     assert list(open_split(tmp_path, "val")) == rows_of(4)
 
@@ -220,7 +221,7 @@ def test_a_split_depends_on_the_names_alone_and_not_on_their_order(tmp_path):
 def test_a_folder_without_manifests_says_what_is_missing(tmp_path, task, names):
     with pytest.raises(DataError, match=f'{tmp_path}: has no {names}; a line looks like {{"video"'):
         open_splits(tmp_path, task)
-    with pytest.raises(DataError, match="gone: there is no such folder; give one that holds"):
+    with pytest.raises(DataError, match="gone: there is no such folder; give a folder that holds"):
         open_splits(tmp_path / "gone", task)
     if not task:            # which would be cut into a test split of its own
         for name in ("captions", "test"):
@@ -229,7 +230,7 @@ def test_a_folder_without_manifests_says_what_is_missing(tmp_path, task, names):
             open_splits(tmp_path)
     path = write(tmp_path / "test.txt", [])
     for opened in (lambda: open_splits(path, task), lambda: open_split(path, "test", task)):
-        with pytest.raises(DataError, match=f"test.txt: is a file; .*: --data {tmp_path}$"):
+        with pytest.raises(DataError, match="test.txt: is a file; give a folder that holds"):
             opened()
 
 

@@ -17,10 +17,8 @@ def show(out, test, count=12):
 
 
 def describe(out, train, val, test):
-    words = {word for row in train for word in row["caption"].split()}
     clips = sum(1 for _ in (out / "clips").iterdir())
-    print(f"{out}: {clips:,} clips; captions: {len(train):,} train, {len(val):,} val, {len(test):,} test, "
-          f"of {len(words)} words")
+    print(f"{out}: {clips:,} clips; captions: {len(train):,} train, {len(val):,} val, {len(test):,} test")
     for row in (train[i] for i in range(0, len(train), len(train) // 3 + 1)):
         print(f"   {row['video']}  {row['caption']}")
     print(f"next: python pretrain.py --data {out}")

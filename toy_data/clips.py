@@ -271,9 +271,8 @@ def find_clips(folder):
     """
     folder, found = Path(folder), {}
     if not folder.is_dir():
-        raise DataError(f"{folder}: {'is a file' if folder.exists() else 'there is no such folder'}; "
-                        "give a folder of clips")
-    for place, folders, files in os.walk(folder):
+        raise DataError(f"{folder}: is not a folder; give a folder of clips")
+    for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         clips = [Path(place, name) for name in sorted(filter(is_video, files))
                  if not holds_frames(Path(place, name).with_suffix(""))]
@@ -420,10 +419,9 @@ def open_splits(folder, task="", note=lambda line: None):
     folder, fields = Path(folder), FIELDS[task.split("_")[0]]
     paths = {name: split_path(folder, name, task) for name in ("train", "val", "test")}
     train, lone = paths["train"], folder / "captions.jsonl"
-    if folder.is_file():
-        raise DataError(f"{folder}: is a file; give the folder that holds it: --data {folder.parent}")
     if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder; give one that holds {train.name}")
+        wrong = "is a file" if folder.exists() else "there is no such folder"
+        raise DataError(f"{folder}: {wrong}; give a folder that holds {train.name}")
     if not train.exists() and (task or not lone.exists()):
         other = "" if task else " and no captions.jsonl"
         raise DataError(f"{folder}: has no {train.name}{other}; a line looks like {example(fields)}")
@@ -443,6 +441,9 @@ def open_splits(folder, task="", note=lambda line: None):
         what += f"; {' and '.join(missing)} cut from train"
     if what:
         note(f"{what} by video: " + ", ".join(f"{name} {len(splits[name]):,} lines" for name in paths))
+    for name in ("val", "test"):
+        if shared := len(np.intersect1d(splits["train"].videos, splits[name].videos)):
+            note(f"{shared:,} videos of {name} are also in train: its scores say little about unseen clips")
     found = [split.video_path(row) != folder / row["video"] for split in splits.values()
              for row in itertools.islice(split, 500)]
     if any(found):
@@ -533,12 +534,12 @@ class ClipCaptions(torch.utils.data.Dataset):
         """The frames of a row's clip, (T, size, size, 3), and their numbers. Videos that are small when they
         are decoded are decoded once and stay in memory, as long as there is room; images read fast."""
         path, chosen, whole = self.manifest.video_path(row), None, False
-        keep = not self.augment and reader(path) is read_video
 
         def choose(count):
             nonlocal chosen, whole
             chosen = spans(count, self.frames, generator if self.train else None)
-            whole = keep and 3 * self.size**2 * count <= min(CLIP_KEPT, self.room)
+            small = 3 * self.size**2 * count <= min(CLIP_KEPT, self.room)
+            whole = small and not self.augment and reader(path) is read_video
             return range(count) if whole else chosen
 
         if self.room is None:

@@ -591,7 +591,8 @@ def render(out, clips=10000, seed=0):
         for name, rows in files.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "set.json").write_text(json.dumps(card) + "\n")
-        folder.replace(place)
+        if not (place / "set.json").exists():     # another process may have been faster
+            folder.replace(place)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
