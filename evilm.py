@@ -921,7 +921,7 @@ class SemanticTokenizer(nn.Module):
         for part in (self.encoder, self.proj, self.decoder, self.head):
             part.apply(initialise)
         nn.init.normal_(self.expand.weight)         # from unit vectors to numbers of size 1
-        # Most words are absent: -3, as in Lin et al. (the focal loss). Pixels start grey, not as noise.
+        # Most words are absent: -3 is a prior of 5% (Lin et al.: 1%). Pixels start grey, not as noise.
         nn.init.constant_(self.head.bias, -3.0 if of_words else 0.5)
         if not of_words:
             nn.init.normal_(self.head.weight, std=0.02)
@@ -1179,7 +1179,7 @@ def rank_of_truth(scores, truth, tolerance=0.0):
     """Ranks of the right items, 1 best: scores (Q, n), truth (Q,) -> (Q,). Ties, scores within `tolerance` of
     the right item's, count against the query."""
     right = scores.gather(1, truth[:, None])
-    return (scores >= right - tolerance).sum(1)                     # the right one itself is the 1
+    return (~(scores < right - tolerance)).sum(1)       # the right one itself is the 1; a NaN is above it
 
 
 def recalls(ranks):
@@ -1479,14 +1479,8 @@ class InputError(Exception):
     """What the user gave cannot be used. One line: what is wrong, where, how to mend it; exit status 2."""
 
 
-FLAGS_OF = {"train_tokenizer.py": ("target encoder loss word-weight warm revive-after init-tokenizer "
-                                   "freeze-encoder").split(),
-            "pretrain.py": "tokenizer objectives init-video init-text codes keep-at".split(),
-            "finetune.py": "init set see scoring zero-shot videos top".split()}
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, which say where an unknown flag belongs."""
+    """argparse with errors of one line, which say how a field of Config is set."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
@@ -1495,8 +1489,6 @@ class Parser(argparse.ArgumentParser):
         for flag in re.findall(r"--([\w-]+)", message.partition("unrecognized arguments:")[2]):
             if flag.replace("-", "_") in Config.__dataclass_fields__:
                 message += f"; a field of Config is set by --config {flag.replace('-', '_')}=VALUE"
-            message += "".join(f"; --{flag} is a flag of {script}" for script in FLAGS_OF
-                               if flag in FLAGS_OF[script])
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
@@ -1694,9 +1686,6 @@ def run_script(main, *user_errors):
     except (InputError, *user_errors) as error:
         line, status = f"error: {error}", 2
     except (RuntimeError, ConnectionError, EOFError) as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # the loader's handler would raise it again
-        for child in multiprocessing.active_children():     # one may wait for a lock that a dead worker held
-            child.kill()
         worker = str(error).startswith("DataLoader worker") or not isinstance(error, RuntimeError)
         lost = dist.is_initialized() and re.search(r"gloo|nccl|peer|connection", str(error), re.IGNORECASE)
         mistake = str(error).startswith("Caught ")          # of code in a worker: its traceback follows
@@ -1711,6 +1700,10 @@ def run_script(main, *user_errors):
             raise
         line, status = f"error: {error.filename or 'saving'}: {error.strerror}", 2
         line += "; older files are whole" if full else ""
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # the loader's handler would raise an error
+        for child in multiprocessing.active_children():     # which would be waited for, however long it takes
+            child.kill()
     print(line, file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -1826,7 +1819,7 @@ class Run:
             if was != value:
                 change = "" if name in words else f" ({was}, now {value})"
                 raise InputError(f"{path} was trained with another {name}{change}: resume with the flags it "
-                                 "began with, or choose another --out")
+                                 "began with, or choose another folder")
         fill(self.model, checkpoint)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])

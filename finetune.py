@@ -456,6 +456,9 @@ class Probe(Task):
             raise InputError("probe: its norm is over the whole batch; use one process, no --accumulate, and "
                              "a --batch-size and clips of two or more")
         counts = Counter(row["label"] for row in self.splits["train"])
+        for manifest in (self.splits["val"], self.splits["test"]):
+            if all(row["label"] not in counts for row in manifest):
+                raise DataError(f"{manifest.path}: none of its labels is in {self.splits['train'].path}")
         self.answers = sorted(counts)
         majority = counts.most_common(1)[0][0]
         hits = [row["label"] == majority for row in self.splits["test"]]

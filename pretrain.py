@@ -11,7 +11,7 @@ retrieval.png.
 import contextlib
 import math
 import os
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -59,9 +59,6 @@ def parse(argv=None):
     if args.init_text and not args.vocab:
         raise InputError("--init-text: its rows are of BERT's words; name its vocab.txt with --vocab")
     args.init_video = None if args.init_video == "none" else args.init_video
-    for flag, path in (("--init-video", args.init_video), ("--init-text", args.init_text)):
-        if path and not Path(path).is_file():
-            raise InputError(f"{flag} {path}: there is no such file")
     return args
 
 
@@ -70,7 +67,8 @@ def fractions(text):
 
 
 class PretrainBatch:
-    """Makes a batch of samples and masks it; all masks of a sample follow from (seed, epoch, index).
+    """Makes a batch of samples and masks it; all masks of a sample follow from (seed, epoch, index), those of
+    its words also from whether patches are masked.
 
     `frames` (B, T, 3, H, W) uint8, unmasked, and the rest as `pretraining_loss` takes it; `mismatched_whole`
     are the mismatched captions before masking. `index` (B,) and `numbers` (B, T) say where frames come from,
@@ -171,8 +169,10 @@ def train(args):
             total += loss.detach()
             sums += torch.stack([losses.get(name, loss * 0).detach() for name in OBJECTIVES])
         run.optimise(total)
-        if run.step in keep and machine.rank == 0:
-            save(run.checkpoint(), run.folder / f"at-{keep[run.step]:g}.pt")
+        if run.step in keep:
+            run.check_finite()
+            if machine.rank == 0:
+                save(run.checkpoint(), run.folder / f"at-{keep[run.step]:g}.pt")
         if run.step % evaluate_every == 0 or run.step == steps:
             run.check_finite()
             trained = machine.total(sums) / ((run.step - 1) % evaluate_every + 1)
@@ -220,6 +220,7 @@ def open_tokenizer(args, config, wordpiece, machine):
                      "vocab_captions", "config", "strict", "compile"):
             setattr(stage, name, getattr(args, name))
         stage.out, stage.resume = str(path), (path / "last.pt").exists()
+        args.resume = args.resume and Path(args.out, "last.pt").exists()    # stopped before it had one
         machine.print(f"no tokenizer in {path}: training it first (python train_tokenizer.py)")
         train_tokenizer.train(stage)
     checkpoint = load(path, "tokenizer")
@@ -232,9 +233,12 @@ def open_tokenizer(args, config, wordpiece, machine):
             raise InputError(f"--tokenizer {path} was trained with another {what}: train one for this run "
                              "(train_tokenizer.py --out DIR) and name it, or --tokenizer none")
     machine.print(f"tokenizer: {checkpoint['path']}, of {checkpoint['step']:,} steps")
+    short = checkpoint.get("settings", {}).get("max_steps")
+    if short and short != args.max_steps:
+        machine.print(f"warning: it was cut short by --max-steps {short}; remove {path} to train it whole")
     tokenizer = SemanticTokenizer(checkpoint["config"])
     fill(tokenizer, checkpoint)
-    del tokenizer.expand, tokenizer.decoder, tokenizer.head     # "only the encoder and the VQ module" (3.3)
+    del tokenizer.expand, tokenizer.decoder, tokenizer.head     # encoder and VQ module alone (3.3)
     return tokenizer.to(machine.device).eval().requires_grad_(False)
 
 
@@ -296,13 +300,14 @@ def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
     there are questions; fractions of 1.
 
     Matching sees whole inputs; words are masked under whole frames, patches under whole words. `mlm_other` is
-    MLM with the frames of the clip half a batch away, `mlm_content` MLM on words that are not function words;
-    `distinct` is the number of codes a frame. For MVM's baselines see `copied_codes`.
+    MLM with the frames of another video, half a batch away, `mlm_content` MLM on words that are not function
+    words; `distinct` is the number of codes a frame. For MVM's baselines see `copied_codes`.
     """
     wordpiece, objectives = make_batch.wordpiece, make_batch.objectives
     model.eval()
-    right, count, truths = Counter(), Counter(), {"mlm": [], "mvm": []}
+    hits, truths = defaultdict(list), defaultdict(list)         # by score: is each guess right; by objective
     code_counts = torch.zeros(model.config.codes)
+    videos = torch.from_numpy(loader.dataset.manifest.videos).to(machine.device)
     content = torch.tensor([word not in FUNCTION_WORDS for word in wordpiece.vocab], device=machine.device)
     for batch in loader:
         run.name_broken(batch["broken"], "replaced")
@@ -314,20 +319,19 @@ def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
                 for sign, ids, seen in ((1, batch["ids"], mask),
                                         (-1, batch["mismatched_whole"], batch["mismatched_mask"])):
                     scores = model.match(video, model.encode_text(ids, seen), seen)
-                    right["vtm"] += int((sign * scores > 0).sum())
-                    count["vtm"] += len(frames)
+                    hits["vtm"].append(sign * scores > 0)
             if "mlm" in objectives:
                 text, words = model.encode_text(batch["masked_ids"], mask), batch["masked_words"]
-                truth = batch["ids"][words]
-                truths["mlm"].append(truth)
+                truths["mlm"].append(batch["ids"][words])
                 # Rows beside each other are often of one video, or of scenes that differ in one attribute.
-                for name, seen in (("mlm", video), ("mlm_other", video.roll(len(video) // 2, 0))):
-                    h_text = model.fuse(seen, text, mask)[1]
-                    hits = model.mlm_head(h_text[words])[:, :len(wordpiece)].argmax(-1) == truth
-                    right[name] += int(hits.sum())
-                    count[name] += len(truth)
-                    right[f"{name}_content"] += int((hits & content[truth]).sum())
-                    count[f"{name}_content"] += int(content[truth].sum())
+                half, names = len(video) // 2, videos[batch["index"]]
+                others = words & (names != names.roll(half))[:, None]
+                for name, seen, counted in (("mlm", video, words),
+                                            ("mlm_other", video.roll(half, 0), others)):
+                    truth, h_text = batch["ids"][counted], model.fuse(seen, text, mask)[1]
+                    right = model.mlm_head(h_text[counted])[:, :len(wordpiece)].argmax(-1) == truth
+                    hits[name].append(right)
+                    hits[f"{name}_content"].append(right[content[truth]])
             if "mvm" in objectives:
                 labels, masked = tokenizer.tokenize(frames), batch["masked_patches"]
                 video = model.encode_video(mask_frames(frames, masked))
@@ -337,20 +341,18 @@ def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
                 guesses = {"mvm": model.mvm_head(h_video[masked.flatten(1)]).argmax(-1).cpu(),
                            **copied_codes(labels.cpu(), masked.cpu())}
                 for name, guess in guesses.items():
-                    right[name] += int((guess == truth.cpu()).sum())
-                    count[name] += len(truth)
+                    hits[name].append(guess == truth.cpu())
                 code_counts += labels.flatten().cpu().bincount(minlength=len(code_counts))
-                right["distinct"] += sum(len(frame.unique()) for frame in labels.cpu().flatten(0, 1))
-                count["distinct"] += labels.shape[0] * labels.shape[1]
+                distinct = [len(frame.unique()) for frame in labels.cpu().flatten(0, 1)]
+                hits["distinct"].append(torch.tensor(distinct))
     scores = {}
     if "vtm" in objectives and questions is not None:
         scores = score_choices(model, questions, wordpiece, machine, run)
     model.train()
-    for name in set(truths) & set(objectives):      # the best constant guess, on these very words and patches
-        found = torch.cat(truths[name])
-        right[f"{name}_majority"] = max(found.bincount().tolist(), default=0)
-        count[f"{name}_majority"] = len(found)
-    scores |= {name: right[name] / count[name] if count[name] else math.nan for name in count}
+    scores |= {name: float(torch.cat(parts).cpu().double().mean()) for name, parts in hits.items()}
+    for name, parts in truths.items():              # the best constant guess, on these very words and patches
+        found = torch.cat(parts).cpu()
+        scores[f"{name}_majority"] = float(found.bincount(minlength=1).max().double() / len(found))
     return scores | (codebook_usage(code_counts) if "mvm" in objectives else {})
 
 

@@ -215,6 +215,11 @@ def test_rank_of_truth_counts_scores_within_the_tolerance_as_ties():
         assert rank_of_truth(scores, truth, tolerance).tolist() == [rank]
 
 
+def test_scores_that_are_nan_rank_last():
+    scores = torch.tensor([[torch.nan] * 3, [0.5, torch.nan, 0.2]])
+    assert rank_of_truth(scores, torch.tensor([1, 0])).tolist() == [3, 2]
+
+
 def test_recalls_count_ranks_up_to_k_and_the_median():
     found = recalls(torch.tensor([1, 1, 2, 5, 6, 10, 11, 40]))
     assert found == {"r1": 2 / 8, "r5": 4 / 8, "r10": 6 / 8, "median_rank": 5.5}

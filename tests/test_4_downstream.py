@@ -377,6 +377,14 @@ def test_a_task_refuses_what_it_cannot_use(go, whole, home):
     assert not (home / "out/refused").exists()
 
 
+@pytest.mark.parametrize("task, files, field", [("qa", "qa", "answer"), ("probe", "action", "label")])
+def test_a_split_that_shares_no_answer_with_training_is_refused(go, home, tmp_path, task, files, field):
+    elsewhere(home, files, tmp_path,
+              lambda name, lines: [line | {field: f"{name} {line[field]}"} for line in lines])
+    with pytest.raises(DataError, match=f"{files}_val.jsonl: none of its {field}s is in .*train.jsonl"):
+        go(task, data=tmp_path)
+
+
 def test_an_own_set_may_have_any_number_of_options(go, home, tmp_path):
     def three(name, lines):
         return [line | {"options": line["options"][:3], "answer": line["answer"] % 3} for line in lines]

@@ -187,8 +187,10 @@ def test_pretraining_trains_a_missing_tokenizer_first_and_finishes_one_that_was_
     flags = (*CLIPS, *SMALL, "--max-steps", 3, "--tokenizer", "made", "--out", "after")
     output = run("pretrain.py", *flags, folder=home, expect=130, hook=after_step(2, send(signal.SIGINT)))
     assert "no tokenizer in made" in output and not (home / "after").exists()
-    assert "going on from made/last.pt at step 2" in run("pretrain.py", *flags, folder=home)
+    assert "going on from made/last.pt at step 2" in run("pretrain.py", *flags, "--resume", folder=home)
     assert metrics(home / "made")[-1]["split"] == metrics(home / "after")[-1]["split"] == "test"
+    output = run("pretrain.py", *flags, "--max-steps", 1, folder=home, hook=train_only)
+    assert "it was cut short by --max-steps 3" in output
 
 
 # ---------------------------------------------------------------------------- kills, stops, several processes
