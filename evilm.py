@@ -82,7 +82,7 @@ class Config:
     kernels: tuple = (3, 5, 7, 9)       # inferred: depth-wise kernel a stage
     scales: tuple = (2, 2, 3, 4)        # inferred: splits of the depth-wise cascade a stage; stage 1 has none
     xca_heads: int = 8                  # inferred
-    layer_scale: float = 1e-6           # inferred: factor on each block at first
+    layer_scale: float = 1e-6           # inferred: initial LayerScale of each block
     # Language encoder: a small BERT
     vocab_rows: int = 9157              # inferred: rows of the embedding, 30% of BERT's 30,522
     vocab_size: int = 9157              # ours: words in use; the rows beyond are never drawn or predicted
@@ -117,14 +117,14 @@ class Config:
     mask_ratio: float = 0.40            # paper: 40%; ours: in each frame alike
     blocks: bool = True                 # paper: block-wise; ours: False, single patches
     word_ratio: float = 0.15            # paper
-    mvm_weight: float = 1.0             # paper: Eq. (8) has no weights; 0: patches are masked, not predicted
-    word_weight: float = 1.0            # paper: Eq. (7) has no weights; more offsets the 1/K of L_TOKEN
+    mvm_weight: float = 1.0             # paper: Eq. (8) has no weights; 0: masks patches, trains no MVM
+    word_weight: float = 1.0            # paper: Eq. (7) has no weights; a value above 1 offsets L_TOKEN's 1/K
     pixel_weight: float = 200.0         # ours: factor on the pixel loss of tokenizer_target "pixels"
-    negatives: int = 1                  # ours: captions drawn for a mismatch; the most similar is used
+    negatives: int = 1                  # ours: candidate captions per mismatch; the most similar is used
     video_positions: float = 1.0        # ours: factor on the position sines added to e^V; 0 turns them off
     augment: bool = True                # paper: random; ours: one crop a clip, no flip ("left" is a word)
     # Training
-    batch_size: int = 64                # ours: 15K steps (Fig. 6) in 20 epochs would be 3,300 clips
+    batch_size: int = 64                # ours: 15K steps (Fig. 6) in 20 epochs would take 3,300 clips a step
     epochs: int = 20                    # paper
     lr: float = 1e-4                    # paper: "initial"; here the peak after warm-up
     weight_decay: float = 0.01          # paper: pre-training's; inferred: the tokenizer's
@@ -132,9 +132,9 @@ class Config:
     tokenizer_batch_size: int = 64      # ours
     tokenizer_epochs: int = 10          # paper
     tokenizer_lr: float = 2e-4          # paper
-    # From scratch, E can map all patches to one point, which minimises Eq. (7)'s code terms. These help.
+    # From scratch, E can map all patches to one point, which minimises Eq. (7)'s code terms. Two remedies:
     tokenizer_warm: float = 0.0         # ours: fraction of the steps in which D reads E(X) unquantized
-    tokenizer_revive: int = 0           # ours: steps after which an unused code is moved; 0: never
+    tokenizer_revive: int = 0           # ours: steps between moves of unused codes; 0: never
 
     @property
     def grid(self):
@@ -164,7 +164,7 @@ class CrossCovarianceAttention(nn.Module):
     """XCA: attention between channels, so that its cost grows linearly with patches. (N, patches, C) -> same.
 
     Ali et al., "XCiT", 2021: softmax(q k^T * temperature), C/heads x C/heads for each head, where q and k are
-    l2-normalised over patches. (XCiT's paper has the transpose, divided by tau; this is its release's.)
+    l2-normalised over patches. (XCiT's paper transposes this and divides by tau; ours follows its release.)
     """
 
     def __init__(self, dim, heads):
@@ -242,7 +242,7 @@ class SDTAEncoder(nn.Module):
         self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
 
     def cascade(self, x):
-        """Each part is convolved together with the result of the one before; the last passes untouched."""
+        """Each part plus the result of the one before is convolved; the last part passes unchanged."""
         parts = list(x.split(self.split, 1))
         for i, conv in enumerate(self.convs):
             parts[i] = conv(parts[i] if i == 0 else parts[i] + parts[i - 1])
@@ -357,7 +357,7 @@ class WordPiece:
         return {word: count for word, count in words.items() if self.pieces(word) == ["[UNK]"]}
 
     def add_words(self, texts, size):
-        """This vocabulary, and after it the unknown words of `texts`, up to `size` entries."""
+        """A WordPiece of this vocabulary, then `texts`' unknown words by count, up to `size` entries."""
         unknown = self.unknown(texts)
         added = sorted(unknown, key=lambda word: (-unknown[word], word))
         return WordPiece(self.vocab + added[:max(0, size - len(self))])
@@ -405,8 +405,8 @@ def quick_gelu(x):
 class TransformerBlock(nn.Module):
     """Self-attention, then two linear layers. (B, L, C) -> the same; mask (B, 1, 1, L), True for real keys.
 
-    Post-norm is BERT's: the language encoder, the paper preset's decoder and, ours, the tokenizer's.
-    Pre-norm is the ViT's.
+    Post-norm, as in BERT: the language encoder, the paper preset's decoder and (ours) the tokenizer's D.
+    Pre-norm: the ViT, as in CLIP, and the toy preset's decoder.
     """
 
     def __init__(self, width, heads, pre_norm=False, activation=F.gelu, eps=1e-12, dropout=0.0):
@@ -475,10 +475,10 @@ class TextEmbedding(nn.Module):
 
 
 def space_time_sines(T, g, width, device=None):
-    """Fixed sines of a patch's frame, row and column: (T*g*g, width), of length sqrt(width / 2) each.
+    """Fixed sines of a patch's frame, row and column: (T*g*g, width), each of norm sqrt(width / 2).
 
     Ours: the paper mentions no position embeddings for e^V, and Table 8 has no parameters for them. Without
-    any, clips that move left and right would be the same set of patches to the decoder.
+    any, motion to the left and to the right would be the same set of patches to the decoder.
     """
     waves = width // 6                                                  # sine and cosine for each of t, y, x
     frequency = 100.0 ** (-torch.arange(waves, device=device) / waves)  # positions stay below 100
@@ -488,26 +488,26 @@ def space_time_sines(T, g, width, device=None):
     return F.pad(sines, (0, width - sines.shape[1]))
 
 
-# Mean and deviation of the pixels that the published encoders were trained on.
+# Mean and standard deviation of the pixels that the published encoders were trained on.
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Normalise(nn.Module):
-    """(..., 3, H, W) in [0, 1] -> the scale that an encoder was trained on: (frames - mean) / deviation."""
+    """(..., 3, H, W) in [0, 1] -> the scale that an encoder was trained on: (frames - mean) / std."""
 
-    def __init__(self, mean, deviation):
+    def __init__(self, mean, std):
         super().__init__()
-        mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in (mean, deviation))
-        self.register_buffer("scale", 1 / deviation, persistent=False)
-        self.register_buffer("shift", -mean / deviation, persistent=False)
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
+        self.register_buffer("scale", 1 / std, persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
 
     def forward(self, frames):
         return torch.addcmul(self.shift, frames, self.scale)        # one pass over the pixels
 
 
 def initialise(module):
-    """Linear weights of size 1 / sqrt(inputs), embeddings of 0.02 (BERT's). Ours: the paper does not say."""
+    """Linear weights with std 1 / sqrt(inputs), embeddings with std 0.02 (BERT's). Ours: not in the paper."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
         if module.bias is not None:
@@ -518,7 +518,7 @@ def initialise(module):
 
 @torch.no_grad()
 def start_centred(encoder, frames):
-    """Scales an encoder's norms so that on `frames` each channel leaves them with mean 0 and deviation 1.
+    """Sets an encoder's LayerNorms so that on `frames` each channel of their outputs has mean 0 and std 1.
 
     Ours, for an encoder from scratch: at random weights all patches of a clip look alike to the later layers,
     and colours are learned long before shapes. After Mishkin and Matas, "All you need is a good init", 2016.
@@ -526,10 +526,10 @@ def start_centred(encoder, frames):
     def centre(norm, _, output):
         channels = 1 if isinstance(norm, ChannelNorm) else -1
         values = output.movedim(channels, -1)
-        mean, deviation = values.flatten(0, -2).mean(0), values.flatten(0, -2).std(0) + 1e-3
-        norm.weight /= deviation
-        norm.bias.copy_((norm.bias - mean) / deviation)
-        return ((values - mean) / deviation).movedim(-1, channels)
+        mean, std = values.flatten(0, -2).mean(0), values.flatten(0, -2).std(0) + 1e-3
+        norm.weight /= std
+        norm.bias.copy_((norm.bias - mean) / std)
+        return ((values - mean) / std).movedim(-1, channels)
 
     norms = [part for part in encoder.modules() if isinstance(part, nn.LayerNorm)]
     hooks = [norm.register_forward_hook(centre) for norm in norms]
@@ -539,7 +539,7 @@ def start_centred(encoder, frames):
 
 
 def full_precision(x):
-    """A context in which nothing is cast to bf16: scores and codes that are close would tie there."""
+    """A context without autocast on the device of `x`: in bf16, scores or codes that are close would tie."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
@@ -562,7 +562,7 @@ class EViLM(nn.Module):
     def __init__(self, config, vocab=None):
         super().__init__()
         self.config = c = config
-        self.vocab = vocab          # the words of the embedding's rows, which load_published follows
+        self.vocab = vocab          # the words of the embedding's rows, for load_published to match
         assert c.size % 32 == 0, f"size, {c.size}, must be a multiple of 32, a patch's pixels"
         assert 3 <= c.max_words <= c.positions, f"max_words, {c.max_words}, must lie in 3 to positions"
         fractions = c.mask_ratio, c.word_ratio, c.dropout, c.warmup, c.tokenizer_warm
@@ -585,7 +585,7 @@ class EViLM(nn.Module):
         self.apply(initialise)
 
     def encode_video(self, frames):
-        """Eq. (1): e^V, plus ours: `space_time_sines`. (B, T, 3, H, W) in [0, 1] -> (B, N, D).
+        """Eq. (1): e^V, to which we add `space_time_sines`. (B, T, 3, H, W) in [0, 1] -> (B, N, D).
 
         The paper writes I_0 to I_T, which would be T + 1 frames; 4.1 has T = 4.
         """
@@ -621,7 +621,7 @@ class EViLM(nn.Module):
         return h[:, 0], h_text, h_video
 
     def match(self, video, text, mask):
-        """How well video i (B, N, D) fits text i (B, L, D): the difference of the pair's 2 logits, (B,)."""
+        """How well video i (B, N, D) fits text i (B, L, D): the logit for a match minus the other, (B,)."""
         logits = self.vtm_head(self.pooler(self.fuse(video, text, mask)[0]))
         return logits[:, 1] - logits[:, 0]
 
@@ -630,8 +630,8 @@ class EViLM(nn.Module):
 
         frames (B, T, 3, H, W) and ids (B, L) are already masked; mask (B, L) is the text's.
         `masked_words` (B, L) and `masked_patches` (B, N) are True where something was masked; `mismatched` is
-        (ids, mask) of one wrong caption a clip, of the same L. Returns (vtm (2B, 2): the matched pairs, then
-        the mismatched; mlm (words masked, vocab_size); mvm (patches masked, M)), None where not asked for.
+        (ids, mask) of one wrong caption per clip, padded to the same L. Returns logits, None without their
+        input: vtm (2B, 2), matched pairs first; mlm (masked words, vocab_size); mvm (masked patches, M).
         """
         B = len(frames)
         video = self.encode_video(frames)                                                   # once a clip
@@ -656,7 +656,7 @@ class EViLM(nn.Module):
 
 
 def block_mask(n, grid, ratio, generator):
-    """Block-wise masking (4.1, after BEiT): bool (n, grid, grid), in each exactly round(ratio * grid^2) True.
+    """Block-wise masking (4.1, after BEiT): bool (n, grid, grid), exactly round(ratio * grid^2) True in each.
 
     Rectangles of log-uniform aspect within [0.3, 1/0.3] and of at least max(1, target // 5) patches are added
     until the count is reached; the last one is trimmed, from either end, to the exact count. The paper does
@@ -691,7 +691,7 @@ def random_mask(n, grid, ratio, generator):
 
 
 def mask_frames(frames, masked):
-    """Zeros over the masked patches (3.2), black before any normalisation: frames (B, T, 3, H, W) in [0, 1],
+    """Sets masked patches to zero (3.2), that is black: frames (B, T, 3, H, W) in [0, 1], not yet normalised,
     masked (B, T, g, g) -> frames."""
     patch = frames.shape[-1] // masked.shape[-1]
     pixels = masked.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
@@ -700,9 +700,9 @@ def mask_frames(frames, masked):
 
 def mean_cross_entropy(logits, targets, count=None):
     """logits (n, classes), targets (n,) -> scalar: the sum of -log softmax(logits)[targets], divided by
-    `count`, else by n.
+    `count` or, without it, by n; 0 if there are no rows.
 
-    With the whole batch's `count`, the losses of its parts (processes, accumulation) add up to its loss.
+    With the whole batch's `count`, the losses of a batch's parts (processes, accumulation) sum to its loss.
     """
     total = F.cross_entropy(logits.float(), targets, reduction="sum")
     return total / max(1, len(targets) if count is None else count)
@@ -753,8 +753,8 @@ def grid_of(x, window, sides):
 
 
 def shift_mask(sides, window, shift, device):
-    """True for pairs of a window's patches that are neighbours by the cyclic shift alone, and must not attend
-    to each other: (windows, patches, patches)."""
+    """True for pairs of patches that only the cyclic shift has put into one window, so that they must not
+    attend to each other: (windows, patches, patches)."""
     wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(sides, shift)]
     t, y, x = torch.meshgrid(*wrapped, indexing="ij")
     region = windows_of((4 * t + 2 * y + x)[None, ..., None], window)[0, ..., 0]        # (windows, patches)
@@ -762,30 +762,30 @@ def shift_mask(sides, window, shift, device):
 
 
 class WindowAttention(nn.Module):
-    """Self-attention within windows, with a learned bias for each distance in time, rows and columns.
+    """Self-attention within windows, with a learned bias for each relative offset in time, row and column.
 
-    (B, windows, patches, C) -> the same; pairs in `hidden` (windows, patches, patches) do not attend.
+    (B, windows, patches, C) -> the same; pairs in `blocked` (windows, patches, patches) do not attend.
     """
 
     def __init__(self, dim, heads, window):
         super().__init__()
         self.heads = heads
-        t, h, w = (2 * n - 1 for n in window)                       # distances from -(n - 1) to n - 1
+        t, h, w = (2 * n - 1 for n in window)                       # offsets from -(n - 1) to n - 1
         self.relative_position_bias_table = nn.Parameter(0.02 * torch.randn(t * h * w, heads))
         places = torch.cartesian_prod(*map(torch.arange, window))                           # (patches, 3)
-        distances = places[:, None] - places + torch.tensor(window) - 1             # (patches, patches, 3)
+        offsets = places[:, None] - places + torch.tensor(window) - 1               # (patches, patches, 3)
         self.register_buffer("relative_position_index",
-                             (distances * torch.tensor([h * w, w, 1])).sum(-1), persistent=False)
+                             (offsets * torch.tensor([h * w, w, 1])).sum(-1), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, hidden):
+    def forward(self, x, blocked):
         B, n, N, C = x.shape
         qkv = self.qkv(x).view(B, n, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)                               # (B, n*h, N, c)
         # A smaller window takes the biases of a whole window's first N patches, as in the release.
         bias = self.relative_position_bias_table[self.relative_position_index[:N, :N]]      # (N, N, h)
-        bias = bias.permute(2, 0, 1).masked_fill(hidden[:, None], -math.inf)                 # (n, h, N, N)
+        bias = bias.permute(2, 0, 1).masked_fill(blocked[:, None], -math.inf)                # (n, h, N, N)
         y = F.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1).to(q.dtype))
         return self.proj(y.view(B, n, self.heads, N, -1).transpose(2, 3).reshape(B, n, N, C))
 
@@ -920,7 +920,7 @@ class SemanticTokenizer(nn.Module):
         self.head = nn.Linear(c.tokenizer_width, c.vocab_rows - len(SPECIAL) if of_words else 3 * 32 * 32)
         for part in (self.encoder, self.proj, self.decoder, self.head):
             part.apply(initialise)
-        nn.init.normal_(self.expand.weight)         # from unit vectors to numbers of size 1
+        nn.init.normal_(self.expand.weight)         # maps unit vectors to outputs of std 1
         # Most words are absent: -3 is a prior of 5% (Lin et al.: 1%). Pixels start grey, not as noise.
         nn.init.constant_(self.head.bias, -3.0 if of_words else 0.5)
         if not of_words:
@@ -978,7 +978,7 @@ class SemanticTokenizer(nn.Module):
 
 
 def words_present(ids, mask, vocab_size):
-    """y^S of Eq. (6): a caption's WordPieces, up to max_words. ids, mask (B, L) -> float (B, K)."""
+    """y^S of Eq. (6): a caption's WordPieces up to max_words, multi-hot. ids, mask (B, L) -> float (B, K)."""
     present = torch.zeros(len(ids), vocab_size, device=ids.device)
     present.scatter_(1, ids * mask, 1.0)                            # padding falls on [PAD], which is cut off
     return present[:, len(SPECIAL):]
@@ -987,7 +987,7 @@ def words_present(ids, mask, vocab_size):
 def focal_loss(logits, targets):
     """Eq. (6), L_TOKEN: logits (B, K), targets (B, K) in {0, 1} -> scalar, averaged over K and over B.
 
-    The printed equation lacks its minus. The weight p of an absent word carries gradient, as printed.
+    The printed equation lacks its minus. The weight p of an absent word is not detached, as printed.
     """
     present = -F.logsigmoid(logits)                                 # -log p
     absent = -torch.sigmoid(logits) * F.logsigmoid(-logits)         # -p log(1 - p)
@@ -1119,7 +1119,7 @@ class FastRetrieval(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = freeze(model, "vtm_head", "mlm_head", "mvm_head")
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))     # of 1 / temperature, CLIP's start
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))     # log(1 / temperature), as in CLIP
 
     def embed_video(self, frames):
         h_cls = self.model.fuse(self.model.encode_video(frames), None, None)[0]
@@ -1131,7 +1131,7 @@ class FastRetrieval(nn.Module):
 
     def forward(self, frames, ids, mask):
         with torch.no_grad():
-            self.log_scale.clamp_(max=math.log(100))                # CLIP's bound; the gradient goes on
+            self.log_scale.clamp_(max=math.log(100))                # CLIP's bound, set outside autograd
         return self.embed_video(frames), self.embed_text(ids, mask), self.log_scale.exp()
 
 
@@ -1153,8 +1153,8 @@ class LinearProbe(nn.Module):
     """Activity recognition (4): a linear classifier on features of the frozen model, which sees video alone.
 
     `features`: frames (B, T, 3, H, W) -> (B, T * 4 * D); `forward`: features -> logits (B, classes). The
-    paper does not say which features: here h^V averaged over each quarter of each frame, which keeps where
-    and when. The norm has no parameters, so that only the classifier is trained.
+    paper does not say which features: here h^V averaged over each quadrant of each frame, which keeps
+    position and time. The norm has no parameters, so that only the classifier is trained.
     """
 
     def __init__(self, model, classes):
@@ -1179,7 +1179,7 @@ def rank_of_truth(scores, truth, tolerance=0.0):
     """Ranks of the right items, 1 best: scores (Q, n), truth (Q,) -> (Q,). Ties, scores within `tolerance` of
     the right item's, count against the query."""
     right = scores.gather(1, truth[:, None])
-    return (~(scores < right - tolerance)).sum(1)       # the right one itself is the 1; a NaN is above it
+    return (~(scores < right - tolerance)).sum(1)       # counts the right item itself, and NaN as above it
 
 
 def recalls(ranks):
@@ -1235,7 +1235,7 @@ def table8(config):
 
 
 def multiply_adds(config, words=30):
-    """Multiply-adds of one clip and a caption of `words` tokens, in G: {part: G}, as PyTorch counts them."""
+    """{part: billions of multiply-adds} of a clip and a caption of `words` tokens, as PyTorch counts them."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):                                      # shapes alone
@@ -1256,8 +1256,8 @@ def multiply_adds(config, words=30):
 
 @torch.no_grad()
 def trace(config, words=12):
-    """Prints the shapes that a clip (noise) and a caption (numbers) pass through, at random weights, and the
-    values of the losses."""
+    """Prints the tensor shapes at every step of the paper, and the losses, for a clip of noise, a caption of
+    `words` arbitrary ids and random weights."""
     def shapes(values):
         return ", ".join(f"{float(x):.3f}" if x.ndim == 0 else str(tuple(x.shape)) for x in values
                          if torch.is_tensor(x))
@@ -1306,9 +1306,9 @@ def trace(config, words=12):
 def main():
     parser = Parser(description="Prints Table 8 and the multiply-adds, ours beside the paper's.")
     parser.add_argument("--preset", default="paper", choices=["toy", "paper"], help="default: paper")
-    parser.add_argument("--trace", action="store_true", help="instead: follow a clip and its caption through "
-                        "the model, shape by shape")
-    parser.add_argument("--encoder", default="vit", choices=["vit", "videoswin"], help="the tokenizer's")
+    parser.add_argument("--trace", action="store_true", help="instead, print the tensor shapes of a clip and "
+                        "its caption at every step")
+    parser.add_argument("--encoder", default="vit", choices=["vit", "videoswin"], help="tokenizer encoder")
     args = parser.parse_args()
     config = replace(getattr(Config, args.preset)(), tokenizer_encoder=args.encoder)
     if args.trace:
@@ -1317,10 +1317,10 @@ def main():
     for name, count, paper in table8(config):
         print(f"{name:<28}{count:>12,}{paper:>9}")
     cost = multiply_adds(config)
-    print(f"\nG multiply-adds a clip: {config.frames} frames of {config.size}x{config.size}, 30 words")
+    print(f"\nG multiply-adds per clip: {config.frames} frames of {config.size}x{config.size}, 30 words")
     print(f"  visual {cost['visual']:.2f} ({cost['visual'] / config.frames:.2f} a frame; the paper: 1.26) + "
           f"textual {cost['textual']:.2f} + decoder {cost['decoder']:.2f} = {cost['model']:.2f}")
-    print(f"  counting a multiply and an add apart: {2 * cost['model']:.1f} GFLOPs (the paper says 12.2, "
+    print(f"  counting multiplies and adds separately: {2 * cost['model']:.1f} GFLOPs (the paper says 12.2, "
           "which fits neither count)")
     print(f"  the tokenizer, where codes are computed online: {cost['tokenizer']:.2f}")
 
@@ -1400,11 +1400,11 @@ def named_tensors(value, name="", depth=6):
 
 
 def follow_words(rows, initial, ours, theirs, report):
-    """The file's word embeddings `rows` (its words, width) in the order of our words, as `initial` (our rows,
-    width); words that it lacks stay initialised. `ours` and `theirs` are the words."""
+    """Reorders a file's word embeddings `rows` (its words, width) to our words, as in `initial` (our rows,
+    width); words that the file lacks keep their initial rows. `ours` and `theirs` list the words by row."""
     theirs = theirs or ours
     if rows.shape[1:] != initial.shape[1:] or not theirs and len(rows) == len(initial):
-        return rows                     # another width, which is refused below, or rows taken one by one
+        return rows                     # another width, which load_published refuses, or rows as they are
     if not ours or len(theirs) != len(rows):
         raise InputError(f"{report.path}: its {len(rows):,} word embeddings need the checkpoint's vocab.txt "
                          f"({len(theirs or ()):,} words given) and the model's words ({len(ours or ()):,})")
@@ -1420,7 +1420,7 @@ def resize_positions(rows, initial):
     """CLIP's position embeddings (1 + s*s, width) -> (1 + g*g, width), interpolated; CLS keeps its own."""
     s, g = (math.isqrt(max(0, len(x) - 1)) if x.ndim == 2 else 0 for x in (rows, initial))
     if s in (0, g) or 1 + s * s != len(rows):
-        return rows                     # no grid, which is refused below, or the model's own
+        return rows                     # not a grid, which load_published refuses, or the same grid
     grid = rows[1:].float().t().reshape(1, -1, s, s)
     return torch.cat([rows[:1].float(), F.interpolate(grid, (g, g), mode="bicubic")[0].flatten(1).t()])
 
@@ -1439,9 +1439,9 @@ def load_published(part, path, vocab=None):
     matches = [(match[1], names) for _, _, pattern, names in releases for key in tensors
                if (match := re.fullmatch(rf"(.*\.|){pattern}", key))]
     if not matches:
-        raise InputError(f"{path}: not published weights such as {releases[0][1]}, which are wanted here; "
-                         f"its tensors: {listed(list(tensors), 4)}")
-    prefix, names = matches[0]              # the first of several copies, as of model and model_ema
+        raise InputError(f"{path}: expected published weights such as {releases[0][1]}; found the tensors "
+                         f"{listed(list(tensors), 4)}")
+    prefix, names = matches[0]              # a file may hold copies, such as model and model_ema
     network = {name: tensor for name, tensor in part.state_dict().items()
                if not isinstance(part, EViLM) or name.startswith(("text_embedding.", "text_encoder."))}
     for name, initial in network.items():
@@ -1461,8 +1461,8 @@ def load_published(part, path, vocab=None):
         shape = (len(initial) // len(keys), *initial.shape[1:])
         for key, tensor in zip(keys, found):
             if tensor.shape != shape or not tensors[key].is_floating_point():
-                raise InputError(f"{path}: {key} is {tuple(tensors[key].shape)}, {tensors[key].dtype}, where "
-                                 f"{name} takes {shape}, floats; {releases[0][1]} fits --preset paper")
+                raise InputError(f"{path}: {key} is {tuple(tensors[key].shape)}, {tensors[key].dtype}; "
+                                 f"{name} needs floats of {shape}; {releases[0][1]} fits --preset paper")
         values[name] = torch.cat(found)
         report.filled.append(name)
         used.update(keys)
@@ -1507,59 +1507,59 @@ def shared_flags(parser, out):
     add("--data", default="data/toy", metavar="DIR", help="folder with train.jsonl or captions.jsonl, or a "
         "task's files (default: data/toy, the synthetic set, rendered on first use)")
     add("--preset", default="toy", choices=["toy", "paper"], help="sizes and settings (default: toy)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: the best there is")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: best available")
     add("--epochs", type=at_least(1), help="passes over the training clips")
-    add("--max-steps", type=at_least(1), help="end after this many steps; the schedule is shortened to them")
-    add("--batch-size", type=at_least(1), help="clips a step in all; processes and --accumulate divide them")
-    add("--accumulate", type=at_least(1), default=1, help="compute a batch in so many parts: less memory")
+    add("--max-steps", type=at_least(1), help="stop after this many steps; shortens the schedule to match")
+    add("--batch-size", type=at_least(1), help="clips per step, over all processes and --accumulate parts")
+    add("--accumulate", type=at_least(1), default=1, help="gradient accumulation: parts per batch")
     add("--lr", type=at_least(0, float), help="peak learning rate")
-    add("--workers", type=at_least(0), help="processes that read clips; changes no result (default: cores "
-        "over local processes, less one; none on a CPU with two cores)")
+    add("--workers", type=at_least(0), help="processes that load clips; no effect on results (default: "
+        "cores per local process, minus one; 0 where training runs on a CPU of one or two cores)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--seed", type=at_least(0), default=0, help="all randomness follows from it (default: 0)")
-    add("--save-every", type=at_least(1), default=200, metavar="STEPS", help="between two writes of last.pt "
-        "(default: 200)")
+    add("--seed", type=at_least(0), default=0, help="seed of all random numbers (default: 0)")
+    add("--save-every", type=at_least(1), default=200, metavar="STEPS", help="steps between writes of "
+        "last.pt (default: 200)")
     add("--out", default=out, metavar="DIR", help=f"the run's folder (default: {out})")
-    add("--resume", action="store_true", help="go on from OUT/last.pt, with the same flags to the weights of "
-        "an unbroken run")
+    add("--resume", action="store_true", help="continue from OUT/last.pt; with the same flags the weights "
+        "end up as in an uninterrupted run")
     add("--strict", action="store_true", help="stop at the first broken clip instead of replacing it")
     add("--config", metavar="NAME=VALUE", action="append", default=[], help="set a field of Config, such as "
         "mask_ratio=0.5, dims=8,16,32,64, blocks=False; may be given several times")
     add("--vocab", metavar="FILE", help="BERT's vocab.txt, of which the words most frequent in the captions "
         "are kept (default: the words of the training captions)")
-    add("--vocab-captions", metavar="FILE", help="captions, one a line, that make or cut the vocabulary")
+    add("--vocab-captions", metavar="FILE", help="captions, one per line, to build or cut the vocabulary by")
 
 
 def configure(config, args, **fields_of_flags):
-    """The Config changed by --config, then by the flags that are given, {field: flag}. With --config the
-    sizes are tried on a model without weights."""
+    """`config` changed by --config, then by the flags that were given ({field: flag}). With --config, both
+    models are built without memory (meta device), to refuse sizes that do not fit together."""
     for change in args.config:
         name, _, text = change.partition("=")
-        usual = asdict(config).get(name)
-        if usual is None or isinstance(usual, str) or name == "vocab_size":
-            raise InputError(f"--config {change}: Config has no such field, or it has a flag of its own")
-        least = 0 if isinstance(usual, (bool, float)) or name == "tokenizer_revive" else 1
+        current = asdict(config).get(name)
+        if current is None or isinstance(current, str) or name == "vocab_size":
+            raise InputError(f"--config {change}: Config has no such field, or --config cannot set it")
+        least = 0 if isinstance(current, (bool, float)) or name == "tokenizer_revive" else 1
         try:
-            value = float(text) if isinstance(usual, float) else ast.literal_eval(text)
-            parts = value if isinstance(usual, tuple) else [value]
-            if type(value) is not type(usual) or isinstance(usual, tuple) and len(value) != len(usual):
+            value = float(text) if isinstance(current, float) else ast.literal_eval(text)
+            parts = value if isinstance(current, tuple) else [value]
+            if type(value) is not type(current) or isinstance(current, tuple) and len(value) != len(current):
                 raise ValueError
             if not all(least <= part < math.inf for part in parts):
                 raise ValueError
         except (ValueError, TypeError, SyntaxError):
-            raise InputError(f"--config {change}: give a value like {name}={usual}") from None
+            raise InputError(f"--config {change}: give a value like {name}={current}") from None
         config = replace(config, **{name: value})
     given = {name: getattr(args, flag) for name, flag in fields_of_flags.items()}
     config = replace(config, **{name: value for name, value in given.items() if value is not None})
     if not args.config:
         return config
     try:
-        with torch.device("meta"), torch.no_grad():                 # sizes that no model can have together
+        with torch.device("meta"), torch.no_grad():                 # raises if sizes do not fit together
             frames = torch.rand(1, config.frames, 3, config.size, config.size)
             EViLM(config).encode_video(frames), SemanticTokenizer(config)(frames)
     except (AssertionError, ValueError, TypeError, IndexError, RuntimeError, ArithmeticError) as error:
-        raise InputError(f"--config {' '.join(args.config)}: no model has these sizes "
+        raise InputError(f"--config {' '.join(args.config)}: no model can be built with this "
                          f"({str(error).splitlines()[0]})") from None
     return config
 
@@ -1584,7 +1584,7 @@ def make_vocabulary(args, config, texts, machine):
         if len(wordpiece) == config.vocab_rows:
             machine.print("rarer words are read as [UNK]; --config vocab_rows=NUMBER has room for more")
     if len(wordpiece) <= len(SPECIAL):
-        raise InputError(f"--data {args.data}: its texts hold no words, or --vocab no word of them")
+        raise InputError(f"--data {args.data}: no vocabulary: its texts, or --vocab, hold no words")
     machine.print(f"vocabulary: {len(wordpiece):,} entries, {len(SPECIAL)} of them special tokens")
     return wordpiece, replace(config, vocab_size=len(wordpiece))
 
@@ -1611,12 +1611,12 @@ class Machine:
 
     def wrap(self, model, compiled):
         """The model as training calls it: compiled where asked for, gradients averaged over processes."""
-        warnings.filterwarnings("ignore", "Grad strides do not match")      # depth-wise convolutions'
+        warnings.filterwarnings("ignore", "Grad strides do not match")      # from depth-wise convolutions
         model = torch.compile(model) if compiled else model
         return DistributedDataParallel(model) if self.world_size > 1 else model
 
     def parts(self, model, batch, accumulate):
-        """A batch on the device, in equal parts by clips; processes exchange gradients after the last one."""
+        """Yields a batch in equal parts, on the device; processes exchange gradients after the last part."""
         size = len(batch["frames"]) // accumulate
         for i in range(accumulate):
             exchange = self.world_size == 1 or i == accumulate - 1
@@ -1640,7 +1640,7 @@ class Machine:
         return torch.stack(parts, 1).flatten(0, 1)                  # rank r has clips r, r + world_size, ...
 
     def barrier(self):
-        """Waits for what rank 0 does alone, for hours if need be."""
+        """Waits for all processes, up to a day: rank 0 renders and evaluates alone."""
         if self.world_size > 1:
             dist.barrier(self.day_group)
 
@@ -1648,7 +1648,7 @@ class Machine:
 def set_up(args):
     """The Machine for --device and --precision; under torchrun it joins the other processes."""
     rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(name, usual)) for name, usual in
+        int(os.environ.get(name, default)) for name, default in
         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in present if present[name]) if args.device == "auto" else args.device
@@ -1670,8 +1670,8 @@ def set_up(args):
 
 
 def run_script(main, *user_errors):
-    """Runs a script's main. What the user can mend ends in one line and status 2, a lost process in status 1,
-    Ctrl-C in 130, a reader that went away ("--trace | head") in 141."""
+    """Runs a script's main. An error that the user can fix ends it with one line and status 2, a lost process
+    with status 1, Ctrl-C with 130, a closed pipe ("--trace | head") with 141."""
     try:
         main()
         sys.stdout.flush()
@@ -1688,7 +1688,7 @@ def run_script(main, *user_errors):
     except (RuntimeError, ConnectionError, EOFError) as error:
         worker = str(error).startswith("DataLoader worker") or not isinstance(error, RuntimeError)
         lost = dist.is_initialized() and re.search(r"gloo|nccl|peer|connection", str(error), re.IGNORECASE)
-        mistake = str(error).startswith("Caught ")          # of code in a worker: its traceback follows
+        mistake = str(error).startswith("Caught ")          # a bug in a worker: show its traceback
         if mistake or not (worker or lost):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -1702,7 +1702,7 @@ def run_script(main, *user_errors):
         line += "; older files are whole" if full else ""
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # the loader's handler would raise an error
-        for child in multiprocessing.active_children():     # which would be waited for, however long it takes
+        for child in multiprocessing.active_children():     # Python would wait for them at exit
             child.kill()
     print(line, file=sys.stderr, flush=True)
     sys.exit(status)
@@ -1750,15 +1750,15 @@ def read_torch(path, hint=""):
         if "TorchScript" in str(error):
             reason = "TorchScript; save its weights once: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
         elif forbidden := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"beside tensors it holds {forbidden[1]}, a pickled object"
+            reason = f"besides tensors it holds {forbidden[1]}, a pickled object"
         raise InputError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
 
 
 def load(path, *kinds, hint=""):
-    """A checkpoint of this project, a file or a run's best.pt, its config as a Config.
+    """Loads a checkpoint of this project, a file or a run folder's best.pt; its "config" is a Config.
 
-    Raises InputError, naming the file, if it is none or of none of the `kinds` ("tokenizer", "pretrain", a
-    task's); `hint` says what makes one.
+    Raises InputError, naming the file, unless it is a checkpoint of one of the `kinds` ("tokenizer",
+    "pretrain", a task's name); `hint` ends the message where the file is missing.
     """
     path = Path(path)
     path = path / "best.pt" if path.is_dir() or not path.suffix else path
@@ -1789,10 +1789,10 @@ def fill(model, checkpoint):
 
 
 class Run:
-    """A run and its folder: last.pt to go on from, best.pt, metrics.jsonl. Only rank 0 writes.
+    """A run and its folder: last.pt (for --resume), best.pt, metrics.jsonl. Only rank 0 writes.
 
-    Begins anew, or with --resume from last.pt, where Config, --seed and the flags that `decide` names must be
-    as they were. `sums` {name: tensor} are what each process adds to; `extra` goes into checkpoints.
+    Starts anew or, with --resume, from last.pt; then Config, --seed and the flags named in `decide` must be
+    unchanged. `sums` {name: tensor} are each process's running totals, `extra` goes into checkpoints.
     """
 
     def __init__(self, args, kind, config, vocab, machine, model, optimizer, decide=(), sums=None, **extra):
@@ -1836,9 +1836,9 @@ class Run:
         self.machine.print(f"going on from {path} at step {self.step:,}")
 
     def batches(self, loader, steps, lr, warmup):
-        """The batches of the steps that are left. Each step sets its learning rate and dropout's seed, which
-        depend on no step before it; last.pt is written every --save-every steps. Ctrl-C and SIGTERM end the
-        run after a step, saved."""
+        """Yields the batches of the remaining steps. Each step sets its learning rate and dropout seed, which
+        do not depend on earlier steps; last.pt is written every --save-every steps. Ctrl-C and SIGTERM let
+        the current step end, save last.pt and exit."""
         began, machine = time.perf_counter(), self.machine
         bar = tqdm(loader, initial=self.step, total=steps, unit="step", disable=machine.rank > 0)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1864,14 +1864,14 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def optimise(self, loss):
-        """A step along the gradients, clipped to norm 1 (ours). `loss` is this process's part of the batch's.
-        The first step opens the run's folder."""
+        """Takes an optimizer step, gradients clipped to norm 1 (ours). `loss` is this process's part of the
+        batch's loss, for the log. The first step opens the run's folder."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         if self.step == 0 and self.machine.rank == 0:
-            self.open_folder()                                      # a run that never began leaves none
+            self.open_folder()                                      # not earlier: a failed start leaves none
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss = loss.detach() + 0 * norm                        # not finite where a gradient is not
+        self.loss = loss.detach() + 0 * norm                        # NaN if a gradient is not finite
         self.step += 1
 
     def open_folder(self):
@@ -1895,7 +1895,7 @@ class Run:
         """Names each broken clip once, and counts it; with --strict the first ends the run."""
         for line in set(lines) - self.broken:
             if self.args.strict:
-                raise InputError(f"{line}; mend it, take out its line, or leave out --strict")
+                raise InputError(f"{line}; fix it, remove its line, or leave out --strict")
             tqdm.write(f"broken clip, {what_became}: {line}")
             self.broken.add(line)
 
@@ -1926,8 +1926,8 @@ class Run:
         if self.machine.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         if self.clips:
-            self.machine.print(f"{self.clips / self.seconds:.0f} clips/s, with evaluations; {memory:.2f} GiB")
-        if self.machine.world_size > 1:         # rank 0's last lines count what any process found broken
+            self.machine.print(f"{self.clips / self.seconds:.0f} clips/s overall; peak {memory:.2f} GiB")
+        if self.machine.world_size > 1:         # rank 0 reports all processes' broken clips
             found = [None] * self.machine.world_size
             dist.all_gather_object(found, self.broken, group=self.machine.day_group)
             self.broken = set().union(*found)
@@ -1939,7 +1939,7 @@ def read_metrics(folder):
 
 
 # -------------------------------------------------------- Scoring of clips and captions, for two scripts
-ROUNDING = 1e-5         # equal inputs in other places of a batch give scores that differ by less: ties
+ROUNDING = 1e-5         # closer scores are ties: an input's place in its batch changes its score by less
 
 
 @torch.no_grad()
@@ -1966,10 +1966,10 @@ def encode_captions(encode, captions, wordpiece, config, machine):
 
 @torch.no_grad()
 def score_retrieval(model, captions, loader, wordpiece, machine, run, shown=5):
-    """A manifest's captions with a loader's videos: joint scores of an `EViLM`, a `FastRetrieval`'s cosines.
+    """Scores captions against a loader's videos: joint scores of an `EViLM`, cosines of a `FastRetrieval`.
 
-    -> (the captions' rows whose clips are whole, their ranks (Q,), the videos' names, and each caption's
-    `shown` highest scores with their videos' places among the names, two of (Q, shown)).
+    -> (the caption rows whose clips can be read, their ranks (Q,), the V videos' names, and each caption's
+    `shown` highest scores with their videos' indices into the names, two of (Q, min(shown, V))).
     """
     fast = isinstance(model, FastRetrieval)
     config = model.model.config if fast else model.config
@@ -1995,7 +1995,7 @@ def score_retrieval(model, captions, loader, wordpiece, machine, run, shown=5):
 
 @torch.no_grad()
 def score_choices(model, loader, wordpiece, machine, run):
-    """Zero-shot multiple choice, options alone: the one that fits best; a tie is wrong.
+    """Zero-shot multiple choice: the option that matches the clip best, without the question; ties are wrong.
 
     -> {"mc": accuracy, "mc_unseen", and "mc_NAME" for each NAME of `changed_and_unseen`}.
     """
@@ -2010,8 +2010,8 @@ def score_choices(model, loader, wordpiece, machine, run):
 
 
 def changed_and_unseen(row):
-    """What a question's options differ in, such as "shape", or "colour+shape", where knowing one of the two
-    helps; and "unseen" where the clip shows a combination that training never had."""
+    """The kinds that a question also counts under, a list: what its options differ in, such as "shape" or
+    "colour+shape", and "unseen" if the clip shows a combination that training lacks."""
     names = row.get("changed")                  # in your own rows the field may be anything
     changed = ["+".join(map(str, names))] if names and isinstance(names, list) else []
     return [*changed, "unseen"] if row.get("unseen") else changed

@@ -45,7 +45,7 @@ def parse(argv=None):
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     add = {name: commands.add_parser(name, help=task.title).add_argument for name, task in TASKS.items()}
     for name in TASKS:
-        shared_flags(commands.choices[name], out=f"runs/{name}, and what --set, --zero-shot and so on add")
+        shared_flags(commands.choices[name], out=f"runs/{name}, with a suffix for --set, --zero-shot ...")
         commands.choices[name].set_defaults(out=None, set="", see="", scoring="", zero_shot=False)
         add[name]("--init", default="runs/pretrain", metavar="PATH|none", help="run of pretrain.py or of "
                   "retrieval --scoring joint; none: from scratch (default: runs/pretrain)")
@@ -66,13 +66,13 @@ def parse(argv=None):
         add[name]("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
         add[name]("--top", type=at_least(1), default=5, help="number of results (default: 5)")
     add["search"]("sentence")
-    add["search"]("--videos", required=True, metavar="DIR", help="clips, also those in folders inside")
+    add["search"]("--videos", required=True, metavar="DIR", help="folder of clips, searched recursively")
     add["search"]("--out", default="search.png", metavar="FILE", help="default: search.png")
     add["ask"]("video")
     add["ask"]("question")
     args = parser.parse_args(argv)
     if args.task in TASKS and args.zero_shot and args.resume:
-        raise InputError("--resume: --zero-shot trains nothing that could go on")
+        raise InputError("--resume: --zero-shot does not train, so there is nothing to resume")
     if args.task == "retrieval" and not args.scoring:
         args.scoring = "joint" if args.zero_shot else "fast"
     if args.out is None:
@@ -83,7 +83,7 @@ def parse(argv=None):
 
 
 def train(args):
-    """Fine-tunes as the flags say, from --init or from where it was; scores best.pt on the test split."""
+    """Fine-tunes as the flags say, from --init or with --resume; then scores best.pt on the test split."""
     machine = set_up(args)
     hint = "; python pretrain.py makes one"
     checkpoint = None if args.init == "none" else load(args.init, "pretrain", "retrieval", hint=hint)
@@ -191,7 +191,7 @@ def name_unknown(wordpiece, texts, machine):
     """Names the words that the vocabulary cannot spell."""
     unknown = list(wordpiece.unknown(texts))
     if unknown:
-        machine.print(f"unknown words, read as [UNK]: {len(unknown):,}, as {', '.join(unknown[:10])}")
+        machine.print(f"unknown words, read as [UNK]: {len(unknown):,}, such as {', '.join(unknown[:10])}")
 
 
 def finish(task, model, run, args, machine):
@@ -219,11 +219,11 @@ def finish(task, model, run, args, machine):
 
 
 class Task:
-    """What `train` asks of a task. One of your own is a class like those below and a line in TASKS, at the
-    end of this file, and in SETTINGS; an example line of its files goes into `toy_data.clips.EXAMPLES`.
+    """What `train` asks of a task. To add your own, write a class like those below; add it to TASKS, near the
+    end of this file, and to SETTINGS, and an example line of its files to `toy_data.clips.EXAMPLES`.
 
-    `title` is its name, `files` how its files' names begin, "qa" of qa_train.jsonl, `score` the score on val
-    that chooses best.pt, `answers` what the head's outputs stand for, `baselines` {name: score} of chance.
+    `title` is its name, `files` the prefix of its files, "qa" for qa_train.jsonl, `score` the score on val
+    that selects best.pt, `answers` what the head's outputs stand for, `baselines` {name: score} of chance.
     prepare     refuses what the task cannot use, and sets answers and baselines
     head        puts the module that is trained around an EViLM
     clips       gives the training samples, dataset[(epoch, index)]
@@ -261,11 +261,11 @@ def is_right(logits, targets):
 
 
 class Choices(Task):
-    """What question answering and multiple choice share: a video with O texts, one of whose logits is right.
-    A text is a question, or a question with an option. `kinds(row)` names what a row's score counts under."""
+    """What question answering and multiple choice share: a video with O texts, and logits of which one is
+    right. A text is a question, or a question and an option. `kinds(row)` lists the row's sub-scores."""
 
     def target(self, row):
-        """The number of the right logit; -1 where training does not have the answer."""
+        """The index of the right logit; -1 for an answer that the training split lacks."""
         return self.number.get(str(row["answer"]), -1) if self.answers else row["answer"]
 
     def collate(self, samples):
@@ -295,7 +295,7 @@ class Choices(Task):
 
     @torch.no_grad()
     def evaluate(self, model, split, machine, run):
-        manifest, self.predictions = self.splits[split], []         # (row, largest logit's number, right)
+        manifest, self.predictions = self.splits[split], []         # (row, index of largest logit, right)
         for batch in self.loader(manifest, self.collate):
             run.name_broken(batch.pop("broken"), "left out")
             batch = {name: value.to(machine.device) for name, value in batch.items()}
@@ -337,7 +337,7 @@ class Questions(Choices):
         for manifest in (val, test):
             if all(self.target(row) < 0 for row in manifest):
                 raise DataError(f"{manifest.path}: none of its answers is in {train.path}")
-        majority = dict(key for key, _ in reversed(counts))         # of each kind the commonest is last
+        majority = dict(key for key, _ in reversed(counts))         # a kind's commonest is set last
         hits = [majority.get(self.kinds(row)[0]) == str(row["answer"]) for row in test]
         self.baselines = {"majority answer of each kind": sum(hits) / len(hits)}
 
@@ -374,8 +374,8 @@ class Retrieval(Task):
         self.baselines = {"chance of r1": 1 / len(self.splits["test"].each_video())}
         clips = len(self.splits["train"].each_video()) if "train" in self.splits else math.inf
         if self.fast and (self.args.accumulate > 1 or min(self.config.batch_size, clips) == 1):
-            raise InputError("fast retrieval contrasts each clip with the whole batch: use no --accumulate, "
-                             "and a --batch-size and clips of two or more")
+            raise InputError("fast retrieval contrasts each clip with the whole batch: leave out "
+                             "--accumulate, and use at least two clips and a --batch-size of at least 2")
 
     def head(self, model):
         return FastRetrieval(model) if self.fast else freeze(model, "mlm_head", "mvm_head")
@@ -453,8 +453,8 @@ class Probe(Task):
     def prepare(self, machine):
         samples = min(self.config.batch_size, len(self.splits["train"]))
         if machine.world_size * self.args.accumulate > 1 or samples == 1:
-            raise InputError("probe: its norm is over the whole batch; use one process, no --accumulate, and "
-                             "a --batch-size and clips of two or more")
+            raise InputError("probe: its BatchNorm needs the whole batch: use one process, no --accumulate, "
+                             "at least two clips and a --batch-size of at least 2")
         counts = Counter(row["label"] for row in self.splits["train"])
         for manifest in (self.splits["val"], self.splits["test"]):
             if all(row["label"] not in counts for row in manifest):

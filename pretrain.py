@@ -39,13 +39,13 @@ def parse(argv=None):
     add = parser.add_argument
     add("--tokenizer", default="runs/tokenizer", metavar="PATH|none", help="run or checkpoint of "
         "train_tokenizer.py, trained first where there is none; none: no MVM (default: runs/tokenizer)")
-    add("--objectives", default="vtm,mlm,mvm", metavar="LIST", help="losses of Eq. (8), Table 5's switches; "
-        "one that is off masks nothing (default: vtm,mlm,mvm)")
+    add("--objectives", default="vtm,mlm,mvm", metavar="LIST", help="losses of Eq. (8), as in "
+        "Table 5; without mlm no word is masked, without mvm no patch (default: vtm,mlm,mvm)")
     add("--init-video", default="none", metavar="FILE|none", help="published EdgeNeXt-Small, a torch file or "
         ".safetensors, for --preset paper (default: none, the video encoder starts from scratch)")
     add("--init-text", metavar="FILE", help="published BERT, 12 layers, 128 wide; --vocab is its vocab.txt")
-    add("--codes", default="online", choices=["online", "offline"], help="MVM's labels: from the tokenizer "
-        "at each step, or of all frames once, held in memory (default: online)")
+    add("--codes", default="online", choices=["online", "offline"], help="compute MVM's labels at each step, "
+        "or once for all frames, kept in memory (default: online)")
     add("--keep-at", type=fractions, default=[], metavar="LIST", help="leave checkpoints at these fractions "
         "of the run, such as 0.2,0.4")
     args = parser.parse_args(argv)
@@ -57,7 +57,7 @@ def parse(argv=None):
         if not args.objectives:
             raise InputError("--tokenizer none: MVM's labels come from a tokenizer; name one")
     if args.init_text and not args.vocab:
-        raise InputError("--init-text: its rows are of BERT's words; name its vocab.txt with --vocab")
+        raise InputError("--init-text: its embeddings need BERT's words; name its vocab.txt with --vocab")
     args.init_video = None if args.init_video == "none" else args.init_video
     return args
 
@@ -71,8 +71,8 @@ class PretrainBatch:
     its words also from whether patches are masked.
 
     `frames` (B, T, 3, H, W) uint8, unmasked, and the rest as `pretraining_loss` takes it; `mismatched_whole`
-    are the mismatched captions before masking. `index` (B,) and `numbers` (B, T) say where frames come from,
-    `counts` (3,) over how many pairs, masked words and masked patches the losses are means.
+    (B, L) are the mismatched ids before masking. `index` (B,) and `numbers` (B, T) say where frames come
+    from, `counts` (3,) are the numbers of pairs, masked words and masked patches: the losses' denominators.
     """
 
     def __init__(self, wordpiece, config, objectives, seed):
@@ -109,7 +109,7 @@ class PretrainBatch:
 
 
 def train(args):
-    """Pre-trains as the flags say, from scratch or from where it was; scores best.pt on the test split."""
+    """Pre-trains as the flags say, anew or with --resume; then scores best.pt on the test split."""
     machine = set_up(args)
     config = configure(getattr(Config, args.preset)(), args, epochs="epochs", batch_size="batch_size",
                        lr="lr")
@@ -134,7 +134,7 @@ def train(args):
     unused = [f"{name}_head" for name in OBJECTIVES if name not in args.objectives]
     freeze(model, *unused)
     if "vtm_head" in unused:
-        freeze(model, "pooler")                                 # the matching head alone reads it
+        freeze(model, "pooler")                                 # only the VTM head reads it
     optimizer = make_optimizer(model, config.lr, config.weight_decay, machine.device)
     sums = torch.zeros(len(OBJECTIVES), device=machine.device)  # of each loss since the last evaluation
     run = Run(args, "pretrain", config, wordpiece.vocab, machine, model, optimizer,
@@ -175,11 +175,11 @@ def train(args):
                 save(run.checkpoint(), run.folder / f"at-{keep[run.step]:g}.pt")
         if run.step % evaluate_every == 0 or run.step == steps:
             run.check_finite()
-            trained = machine.total(sums) / ((run.step - 1) % evaluate_every + 1)
+            train_losses = machine.total(sums) / ((run.step - 1) % evaluate_every + 1)
             if machine.rank == 0:
                 scores = evaluate(model, run, held_out, questions["val"], tokenizer, make_batch, machine)
                 run.evaluated(selection_score(scores), **scores,
-                              **{f"loss_{name}": float(x) for name, x in zip(OBJECTIVES, trained)
+                              **{f"loss_{name}": float(x) for name, x in zip(OBJECTIVES, train_losses)
                                  if name in args.objectives})
                 machine.print(f"step {run.step:,}, val: " + ", ".join(
                     f"{name} {scores[name]:.1%}" for name in (*OBJECTIVES, "mc") if name in scores))
@@ -212,15 +212,15 @@ def open_tokenizer(args, config, wordpiece, machine):
     ended = (path / "best.pt").exists() and (not metrics.exists() or b'"test"' in metrics.read_bytes())
     if not (ended or path.is_file() or path.suffix in (".pt", ".pth")):
         if config.preset == "paper":
-            raise InputError(f"--tokenizer {path}: there is none, and from scratch the paper's collapses. "
-                             "Make one from CLIP: python train_tokenizer.py --preset paper --init-tokenizer "
-                             "FILE; or pre-train without MVM: --tokenizer none")
+            raise InputError(f"--tokenizer {path}: no finished run, and the paper's tokenizer collapses if "
+                             "trained from scratch. Train one from CLIP: python train_tokenizer.py --preset "
+                             "paper --init-tokenizer FILE; or pre-train without MVM: --tokenizer none")
         stage = train_tokenizer.parse([])
         for name in ("data", "preset", "device", "precision", "workers", "seed", "max_steps", "vocab",
                      "vocab_captions", "config", "strict", "compile"):
             setattr(stage, name, getattr(args, name))
         stage.out, stage.resume = str(path), (path / "last.pt").exists()
-        args.resume = args.resume and Path(args.out, "last.pt").exists()    # stopped before it had one
+        args.resume = args.resume and Path(args.out, "last.pt").exists()    # none if stopped in stage 1
         machine.print(f"no tokenizer in {path}: training it first (python train_tokenizer.py)")
         train_tokenizer.train(stage)
     checkpoint = load(path, "tokenizer")
@@ -232,7 +232,7 @@ def open_tokenizer(args, config, wordpiece, machine):
         if theirs[what] != ours[what]:
             raise InputError(f"--tokenizer {path} was trained with another {what}: train one for this run "
                              "(train_tokenizer.py --out DIR) and name it, or --tokenizer none")
-    machine.print(f"tokenizer: {checkpoint['path']}, of {checkpoint['step']:,} steps")
+    machine.print(f"tokenizer: {checkpoint['path']}, step {checkpoint['step']:,}")
     short = checkpoint.get("settings", {}).get("max_steps")
     if short and short != args.max_steps:
         machine.print(f"warning: it was cut short by --max-steps {short}; remove {path} to train it whole")
@@ -288,24 +288,24 @@ def offline_codes(tokenizer, clips, args, machine):
 
 
 def selection_score(scores):
-    """What best.pt is chosen by on val: the mean of VTM and MLM where they train, so that runs with MVM and
-    without are chosen alike; MVM alone by its own."""
+    """The val score that selects best.pt: the mean accuracy of those of VTM and MLM that are trained, so that
+    runs with and without MVM are selected alike; MVM's accuracy if only MVM is trained."""
     names = [name for name in ("vtm", "mlm") if name in scores] or ["mvm"]
     return sum(scores[name] for name in names if not math.isnan(scores[name])) / len(names)
 
 
 @torch.no_grad()
 def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
-    """Held-out accuracies of the objectives beside their baselines, and of zero-shot multiple choice, where
-    there are questions; fractions of 1.
+    """Held-out accuracies (0 to 1) of the objectives, of their baselines and, if there are questions, of
+    zero-shot multiple choice.
 
-    Matching sees whole inputs; words are masked under whole frames, patches under whole words. `mlm_other` is
-    MLM with the frames of another video, half a batch away, `mlm_content` MLM on words that are not function
-    words; `distinct` is the number of codes a frame. For MVM's baselines see `copied_codes`.
+    VTM sees unmasked clips and captions, MLM masked words with unmasked frames, MVM masked frames with
+    unmasked words. `mlm_other` is MLM with another video's frames, `mlm_content` MLM on all but function
+    words; `distinct` is the mean number of different codes per frame. For MVM's baselines see `copied_codes`.
     """
     wordpiece, objectives = make_batch.wordpiece, make_batch.objectives
     model.eval()
-    hits, truths = defaultdict(list), defaultdict(list)         # by score: is each guess right; by objective
+    hits, truths = defaultdict(list), defaultdict(list)         # is each guess right, by score; the labels
     code_counts = torch.zeros(model.config.codes)
     videos = torch.from_numpy(loader.dataset.manifest.videos).to(machine.device)
     content = torch.tensor([word not in FUNCTION_WORDS for word in wordpiece.vocab], device=machine.device)
@@ -316,17 +316,17 @@ def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
         with machine.autocast():
             video = model.encode_video(frames)
             if "vtm" in objectives:
-                for sign, ids, seen in ((1, batch["ids"], mask),
-                                        (-1, batch["mismatched_whole"], batch["mismatched_mask"])):
-                    scores = model.match(video, model.encode_text(ids, seen), seen)
+                for sign, ids, text_mask in ((1, batch["ids"], mask),
+                                             (-1, batch["mismatched_whole"], batch["mismatched_mask"])):
+                    scores = model.match(video, model.encode_text(ids, text_mask), text_mask)
                     hits["vtm"].append(sign * scores > 0)
             if "mlm" in objectives:
-                text, words = model.encode_text(batch["masked_ids"], mask), batch["masked_words"]
-                truths["mlm"].append(batch["ids"][words])
+                text, masked_words = model.encode_text(batch["masked_ids"], mask), batch["masked_words"]
+                truths["mlm"].append(batch["ids"][masked_words])
                 # Rows beside each other are often of one video, or of scenes that differ in one attribute.
                 half, names = len(video) // 2, videos[batch["index"]]
-                others = words & (names != names.roll(half))[:, None]
-                for name, seen, counted in (("mlm", video, words),
+                others = masked_words & (names != names.roll(half))[:, None]
+                for name, seen, counted in (("mlm", video, masked_words),
                                             ("mlm_other", video.roll(half, 0), others)):
                     truth, h_text = batch["ids"][counted], model.fuse(seen, text, mask)[1]
                     right = model.mlm_head(h_text[counted])[:, :len(wordpiece)].argmax(-1) == truth
@@ -357,8 +357,8 @@ def evaluate(model, run, loader, questions, tokenizer, make_batch, machine):
 
 
 def copied_codes(labels, masked):
-    """What copying answers for masked patches: `mvm_mode`, the commonest code among the frame's visible
-    patches; `mvm_copy`, the same patch's code in the nearest frame where it is visible. Both (B, T, g, g)."""
+    """Baselines for masked patches: `mvm_mode`, the most common visible code of the frame; `mvm_copy`, the
+    patch's code in the nearest frame that shows it, else the mode. labels, masked (B, T, g, g)."""
     B, T, g, _ = labels.shape
     mode, copy = torch.empty_like(labels), torch.empty_like(labels)
     for b in range(B):
@@ -424,8 +424,8 @@ def draw_masked(model, clips, make_batch, tokenizer, machine, path):
 
 
 def draw_curves(run, objectives, chance, path):
-    """curves.png: accuracies on val over the steps, beside their baselines, and the training losses;
-    multiple choice, of that `chance`, also of the finished runs in the folders beside this one."""
+    """curves.png: val accuracies over the steps with their baselines, and training losses. The panel of
+    multiple choice, with its `chance` level, also shows finished runs in the neighbouring folders."""
     val = [line for line in read_metrics(run.folder) if line["split"] == "val"]
     baselines = {"vtm": {"chance": 0.5}, "mlm": {}, "mvm": {}}
     for key in ("mlm_majority", "mlm_other", "mvm_majority", "mvm_mode", "mvm_copy"):

@@ -2,7 +2,7 @@
 
     python train_tokenizer.py                           the toy preset on the synthetic set
     python train_tokenizer.py --data my_clips --preset paper --init-tokenizer clip_vit_b32.safetensors
-    python train_tokenizer.py --target pixels           for Tables 6 and 7; so --encoder videoswin, --loss bce
+    python train_tokenizer.py --target pixels           for Tables 6, 7; also --encoder videoswin, --loss bce
     torchrun --nproc-per-node=2 train_tokenizer.py      several processes
 
 Leaves in --out: last.pt (go on with --resume), best.pt (lowest val loss), metrics.jsonl, curves.png,
@@ -34,12 +34,12 @@ def parse(argv=None):
     add("--loss", choices=["focal", "bce"], default="focal", help="of the words: Eq. (6), or binary "
         "cross-entropy (Table 6)")
     add("--word-weight", type=at_least(0, float), help="factor on L_TOKEN in Eq. (7)")
-    add("--warm", type=at_least(0, float, 1), help="fraction of unquantized steps, in which D reads E(X)")
-    add("--revive-after", type=at_least(0), metavar="STEPS", help="move a code that was unused for so many "
-        "steps to an encoder output; 0: never, the paper preset's")
+    add("--warm", type=at_least(0, float, 1), help="fraction of the steps, at the start, unquantized")
+    add("--revive-after", type=at_least(0), metavar="STEPS", help="every STEPS steps, move the codes unused "
+        "since the last time to encoder outputs; 0: never (the paper preset's default)")
     add("--init-tokenizer", metavar="FILE", help="published CLIP ViT-B/32, or Video Swin-T for --encoder "
         "videoswin, for --preset paper: a torch file or .safetensors (default: from scratch)")
-    add("--freeze-encoder", action="store_true", help="keep those weights as they are")
+    add("--freeze-encoder", action="store_true", help="do not train the encoder that --init-tokenizer loads")
     args = parser.parse_args(argv)
     if args.target == "pixels" and (args.loss != "focal" or args.word_weight is not None):
         raise InputError("--loss and --word-weight apply only to --target words; the pixels' factor is "
@@ -76,7 +76,7 @@ def tokenizer_loss(args, config, frames, batch, read, code_loss):
 
 
 def train(args):
-    """Trains a tokenizer as the flags say, from scratch or from where it was, and leaves its pictures."""
+    """Trains a tokenizer as the flags say, anew or with --resume; then scores best.pt and draws."""
     machine = set_up(args)
     config = configure(getattr(Config, args.preset)(), args, tokenizer_epochs="epochs",
                        tokenizer_batch_size="batch_size", tokenizer_lr="lr", tokenizer_target="target",
@@ -111,7 +111,7 @@ def train(args):
     loader = make_loader(clips, batches, make_batch, args.workers)
     held_out = make_loader(val, collate=make_batch, workers=args.workers, most=EVALUATED)
     loss_name, _ = METRICS[config.tokenizer_target]
-    warm = min(round(config.tokenizer_warm * steps), steps - 1)         # the last step has codes
+    warm = min(round(config.tokenizer_warm * steps), steps - 1)         # the last step quantizes
     evaluate_every = max(100, math.ceil(steps / 10))
     machine.print(f"tokenizer: {len(clips):,} clips, {steps:,} steps of {batches.batch_size}, {machine}")
     for batch in run.batches(loader, steps, config.tokenizer_lr, config.warmup):
@@ -175,13 +175,13 @@ def move_codes(which, tokenizer, wrapped, batch, run):
 
 @torch.no_grad()
 def evaluate(tokenizer, loader, run, args, machine):
-    """On held-out clips: the loss, what stands beside it, and how much of the codebook is in use.
+    """Scores on held-out clips: the loss, a second metric, and how much of the codebook is in use.
 
-    Beside the words' loss: their recall, of a caption's k words those among the k that score highest; beside
-    the pixels': the squared error of a clip's mean colour.
+    For words the second metric is recall: the fraction of a caption's k words among its k highest logits; for
+    pixels it is a baseline, the squared error of predicting the clip's mean colour.
     """
     config, n = tokenizer.config, 0
-    sums, beside, counts = torch.zeros(2), 0.0, torch.zeros(config.codes)
+    sums, ratio, counts = torch.zeros(2), 0.0, torch.zeros(config.codes)
     for batch in loader:
         run.name_broken(batch["broken"], "replaced")
         frames = batch["frames"].to(machine.device).float() / 255
@@ -194,16 +194,16 @@ def evaluate(tokenizer, loader, run, args, machine):
         counts += torch.bincount(ids.flatten().cpu(), minlength=config.codes)
         if config.tokenizer_target == "pixels":
             errors = (frames - frames.mean((1, 3, 4), keepdim=True)) ** 2
-            beside = beside + torch.tensor([[errors.sum()], [errors.numel()]])
+            ratio = ratio + torch.tensor([[errors.sum()], [errors.numel()]])
         else:
             words = words_present(batch["ids"], batch["mask"], config.vocab_size)
             ranks = read.float().argsort(1, descending=True).argsort(1)
             found = (ranks < words.sum(1, keepdim=True)) * words
-            beside = beside + torch.stack([found.sum(0), words.sum(0)]).cpu()               # (2, K)
-    (part, whole), (loss_name, beside_it) = beside, METRICS[config.tokenizer_target]
+            ratio = ratio + torch.stack([found.sum(0), words.sum(0)]).cpu()                 # (2, K)
+    (part, whole), (loss_name, metric_name) = ratio, METRICS[config.tokenizer_target]
     scores = {loss_name: float(sums[0] / n), "code_loss": float(sums[1] / n),
-              beside_it: float(part.sum() / whole.sum()), **codebook_usage(counts)}
-    if config.tokenizer_target == "words":      # each word counts the same, the rare ones as the common
+              metric_name: float(part.sum() / whole.sum()), **codebook_usage(counts)}
+    if config.tokenizer_target == "words":      # mean over words: rare ones count as much
         scores["word_recall_macro"] = float((part / whole)[whole > 0].mean())
     return scores
 
@@ -259,9 +259,9 @@ def finish(tokenizer, run, clips, make_batch, args, machine):
 def draw_codebook(tokenizer, loader, wordpiece, path, machine, tiles=24, crops=8):
     """codebook.png: patches that carry each of the most used codes, and words that go with the code.
 
-    Of a semantic tokenizer these are the words that it predicts, for a clip that is this code everywhere,
-    above their frequency in captions; of a tokenizer of pixels, words that captions of the code's clips have
-    oftener than others.
+    For a semantic tokenizer these are the words whose predicted probability, for a clip with this code in
+    every patch, most exceeds their frequency in captions; for a pixel tokenizer, the words that are more
+    frequent in captions of clips with the code than in all captions.
     """
     c, patches_of, carried, present = tokenizer.config, {}, [], []
     counts = torch.zeros(c.codes)

@@ -45,9 +45,9 @@ class Exercise:
     paper: str          # equation or section
     level: int          # 1: a few lines, 2: one idea to get right, 3: a whole step
     minutes: int
-    breaks: str         # without it
+    breaks: str         # what goes wrong without the part
     hint: str
-    tests: str          # the easiest first; below one, what is wrong if the numbers do not say it
+    tests: str          # easiest first; a line below a test says what its failure means
     begins: str = ""
     ends: tuple = ()
 
@@ -62,8 +62,8 @@ class Exercise:
 EXERCISES = [
     Exercise(
         "xca", "CrossCovarianceAttention.forward", "Sec. 3.1", level=2, minutes=30,
-        breaks="Patches meet in convolutions alone. Here the whole frame decides which channels belong "
-               "together, at a cost that grows linearly with the patches, not with their square.",
+        breaks="Patches interact through convolutions alone. XCA lets the whole frame decide how channels "
+               "mix, at a cost that grows linearly with the number of patches, not with its square.",
         hint="q, k and v come from self.qkv: C channels each, one head after another. For each head, q and k "
              "are (C/heads, patches), each row scaled to length 1 over the patches. softmax(q k^T * "
              "temperature), (C/heads, C/heads), weights the channels of v. self.proj comes last.",
@@ -82,7 +82,7 @@ EXERCISES = [
                  test_3_1_model.py::test_edgenext_against_a_plain_computation"""),
     Exercise(
         "wordpiece", "WordPiece.pieces", "Sec. 3.1", level=2, minutes=25,
-        breaks="Every word that is not whole in the vocabulary becomes [UNK]; 30% of BERT's has few.",
+        breaks="Every word that is not itself an entry becomes [UNK]; 30% of BERT's vocabulary lacks many.",
         hint="Take the longest entry of self.index that the word begins with, then go on with the rest of "
              "the word; from the second piece on, entries begin with ##. A piece is never taken back: where "
              "nothing fits, the whole word is [UNK]. So are an empty word and one of more than 100 letters.",
@@ -121,8 +121,8 @@ EXERCISES = [
     Exercise(
         "mask-frames", "mask_frames", "Sec. 3.2", level=1, minutes=10,
         breaks="The model sees the patches whose codes it is to infer from everything else.",
-        hint="A patch is W / g pixels wide and as many high. Enlarge `masked` to (B, T, H, W), then apply it "
-             "to all three colours. Do not change the caller's frames: the tokenizer sees them unmasked.",
+        hint="A patch is W / g pixels wide and high. Enlarge `masked` to (B, T, H, W), then apply it to all "
+             "three channels. Do not change the caller's frames: the tokenizer sees them unmasked.",
         tests="""test_3_2_masking.py::test_masked_pixels_are_zero_and_no_others_change"""),
     Exercise(
         "mvm-loss", "mean_cross_entropy", "Eq. (3), (8)", level=1, minutes=15,
@@ -203,8 +203,8 @@ EXERCISES = [
         "joint-pass", "EViLM.forward", "Eq. (8)", level=3, minutes=40,
         breaks="There is no pretraining: this pass serves L_MLM, L_VTM and L_MVM at once. Without mismatched "
                "captions the model would learn to match everything.",
-        hint="Encode the video once. Concatenate the mismatched captions below the matched ones and the "
-             "video below itself, and fuse all 2B pairs at once. VTM is vtm_head(pooler(h^CLS)) of all "
+        hint="Encode the video once. Along the batch, append the mismatched captions to the matched ones and "
+             "the video to itself, and fuse all 2B pairs at once. VTM is vtm_head(pooler(h^CLS)) of all "
              "pairs. MLM and MVM run their heads on masked words and patches of the B matched pairs alone; "
              "only the first config.vocab_size outputs of mlm_head count. What is None must cost nothing.",
         tests="""test_3_4_losses.py::test_matching_sees_each_video_with_its_caption_and_with_a_wrong_one
@@ -322,7 +322,7 @@ def difference(expected, got):
 
 
 def judged(node, names):
-    """Expected and got of the assertion `node` that failed, computed again with the test's `names`."""
+    """Expected and actual values of the failed assertion `node`, recomputed with the test's `names`."""
     def value(part):
         return eval(compile(ast.Expression(part), "the test", "eval"), names)
 
@@ -383,13 +383,13 @@ def explain(error, path, meaning=""):
         lines = judged(statement.test, {**frame.f_globals, **frame.f_locals}) + lines
         return [meaning, *lines] if meaning else lines
     if re.search("NoneType|used in the graph|does not require grad", said):
-        lines.insert(0, "Is a return missing, or did no gradient arrive, since something is detached?")
+        lines.insert(0, "Is a return missing, or is something detached, so that no gradient arrives?")
     return [said, *lines]
 
 
 # -------------------------------------------------------------------------------------------------- The check
 
-CUT_SHORT = ["Something in your copy ended the test or all of Python: an exit, a skip, a crash?"]
+CUT_SHORT = ["Your copy ended the test or the whole Python process: an exit, a skip, a crash?"]
 
 
 class Claims:
@@ -419,7 +419,7 @@ def examine(path, claims, seconds, folder):
     For a process of its own: it swaps modules, and after `seconds` it writes where it is and ends.
     """
     import pytest
-    import torch        # noqa: F401  a slow disk's time is not the student's
+    import torch        # noqa: F401  imported before the time limit starts
     for name in [name for name in sys.modules if name in ("evilm", "plain") or name.startswith("test_")]:
         del sys.modules[name]
     sys.path.insert(0, str(path.parent))
@@ -458,7 +458,7 @@ def findings(path, tests, folder):
     if places:
         stuck = [test for _, _, name in places for test in tests if test.endswith(f"::{name}")]
         own = [at_line(file, int(line)) for file, line, _ in places if file == str(path)]
-        why[(stuck or untried)[0]] = [*own[:1], "No end: an endless loop? (Slow machine: --seconds 60)"]
+        why[(stuck or untried)[0]] = [*own[:1], "Out of time: an endless loop? (Slow machine: --seconds 60)"]
     elif untried and not any(why.values()):
         why[untried[0]] = CUT_SHORT
     return why
@@ -544,17 +544,17 @@ def named(name):
     names = [exercise.name for exercise in EXERCISES]
     if name in names:
         return EXERCISES[names.index(name)]
-    near = "".join(f"; {match!r}?" for match in difflib.get_close_matches(name, names, 1))
-    raise Refused(f"there is no exercise {name!r}{near} To see all: python {sys.argv[0]} list")
+    near = "".join(f" Did you mean {match!r}?" for match in difflib.get_close_matches(name, names, 1))
+    raise Refused(f"there is no exercise {name!r}.{near} To see all: python {sys.argv[0]} list")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["list", "start", "check", "hint", "reveal"])
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of an exercise; `list` shows them")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="an exercise; `list` shows all")
     parser.add_argument("--seconds", type=int, default=12, metavar="S",
-                        help="check: after how many it counts as an endless loop (default: %(default)s)")
+                        help="check: time limit for all tests together (default: %(default)s)")
     args = parser.parse_intermixed_args()
     if (args.command == "list") == bool(args.name):
         parser.error("list takes no name, every other command takes one")

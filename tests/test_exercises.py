@@ -86,7 +86,7 @@ SLIPS = [
     ("pretraining-loss", "mask_frames(frames, masked_patches)", "frames"),
     ("pretraining-loss", 'batch["ids"]', 'batch["masked_ids"]'),
     ("pretraining-loss", ', counts.get("mvm")', ""), ("pretraining-loss", "weights[name] * loss", "loss"),
-    ("recall-at-k", "", "return None"), ("recall-at-k", ">=", ">"), ("recall-at-k", " - tolerance", "")]
+    ("recall-at-k", "", "return None"), ("recall-at-k", "<", "<="), ("recall-at-k", " - tolerance", "")]
 
 
 @pytest.mark.slow

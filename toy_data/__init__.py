@@ -1,4 +1,4 @@
-"""Clips in: one format on disk, one loader for it, the synthetic set. Nothing here knows the model."""
+"""Reading clips: one format on disk, its loader, the synthetic set. Nothing here depends on the model."""
 from toy_data import plots
 from toy_data.clips import (Batches, BrokenClip, ClipCaptions, DataError, Manifest, WholeClips, collate,
                             find_clips, is_true, make_loader, open_split, open_splits, printable, read_clip,

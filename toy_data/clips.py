@@ -216,7 +216,7 @@ def video_frames(path, wanted, size):
     listed = len(wanted) <= 64  # ffmpeg takes no formula of more than a hundred terms
     chosen = "+".join(f"eq(n,{number})" for number in wanted) if listed else f"lte(n,{wanted[-1]})"
     scale = f"scale={size[0]}:{size[1]}:flags=bilinear," if size else ""
-    # New times, one frame after the other: ffmpeg would repeat frames to fill gaps in time. PPM is raw RGB
+    # Frames get consecutive timestamps, or ffmpeg would repeat some to fill gaps in time. PPM is raw RGB
     # with its size in a header: only ffmpeg knows whether the video is rotated.
     filters = f"select='{chosen}',{scale}settb=1/25,setpts=N"
     limit = ("-frames:v", str(len(wanted) if listed else wanted[-1] + 1))
@@ -266,7 +266,7 @@ def spans(count, frames, generator=None):
 def find_clips(folder):
     """{name: path} of all clips in a folder and in those inside it, without hidden files, in path order.
 
-    A folder of frames is one clip, and stands for a video of its name beside it. Names are relative to
+    A folder of frames is one clip, and replaces a video of the same name next to it. Names are relative to
     `folder` and safe to print.
     """
     folder, found = Path(folder), {}
@@ -349,8 +349,8 @@ class Manifest(Sequence):
         return self.index[:, 1].numpy()
 
     def video_path(self, row):
-        """Where the video of a row (a dict) is: paths in a manifest are relative to its folder. A folder of
-        frames of that name without its suffix was extracted from it, and is read in its place."""
+        """The path of a row's video; paths in a manifest are relative to its folder. If a folder of frames
+        has the video's name without its suffix, it is read instead of the video."""
         path = self.folder / row["video"]
         frames = Path(os.path.splitext(path)[0])
         return frames if holds_frames(frames) and not path.is_dir() else path
@@ -411,10 +411,10 @@ def example(fields):
 def open_splits(folder, task="", note=lambda line: None):
     """The manifests of a folder: {"train", "val", "test": Manifest}.
 
-    `task` is the first part of the files' names: "" for train.jsonl, "qa" for qa_train.jsonl and so on. No
-    val: 5% of the training videos, those whose names' hashes rank lowest. No test: val becomes test, and val
-    is cut from train. Neither: 5% each. A lone captions.jsonl is cut 80/10/10. A video's lines stay together.
-    `note` is called with a sentence on what was cut from what.
+    `task` is the first part of the files' names: "" for train.jsonl, "qa" for qa_train.jsonl and so on. A
+    missing val is cut from train: 5% of its videos, by a hash of their names. Without test, val becomes test
+    and a new val is cut; without both, 5% each. A lone captions.jsonl is cut 80/10/10. A video's lines stay
+    together. `note` is called with a sentence on what was cut from what.
     """
     folder, fields = Path(folder), FIELDS[task.split("_")[0]]
     paths = {name: split_path(folder, name, task) for name in ("train", "val", "test")}
@@ -456,8 +456,8 @@ def split_path(folder, name, task):
 
 
 def open_split(folder, name, task="", note=lambda line: None):
-    """One of open_splits' three; but a file of that name is opened as it is, even where open_splits would
-    make another split of it, or refuses a folder without training files."""
+    """One split of a folder. Its file, if there is one, is opened as it is, even where open_splits would use
+    it as another split or refuse the folder; otherwise open_splits makes the split."""
     path = split_path(folder, name, task)
     if path.exists():
         return Manifest(path, FIELDS[task.split("_")[0]])
@@ -501,7 +501,7 @@ class ClipCaptions(torch.utils.data.Dataset):
         self.train, self.augment = train, train and augment
         self.mismatched, self.negatives = mismatched, negatives if train else 1
         self.kept, self.room = {}, None  # decoded clips by path, and the bytes left for more
-        if mismatched:  # where there is none, that is said at once
+        if mismatched:  # raises the error now if there is none
             self.mismatched_caption(manifest[0], np.random.default_rng(seed))
 
     def __len__(self):
@@ -509,7 +509,7 @@ class ClipCaptions(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key if self.train else (0, key[1])
-        generator = np.random.default_rng([self.seed, epoch, index, 1])  # 1: another than the epoch's order
+        generator = np.random.default_rng([self.seed, epoch, index, 1])  # 1: apart from the epoch's order
         broken = []
         while True:
             row = self.manifest[index]
@@ -531,8 +531,8 @@ class ClipCaptions(torch.utils.data.Dataset):
         return torch.stack([self[0, i]["frames"] for i in range(min(count, len(self)))])
 
     def read(self, row, generator):
-        """The frames of a row's clip, (T, size, size, 3), and their numbers. Videos that are small when they
-        are decoded are decoded once and stay in memory, as long as there is room; images read fast."""
+        """The frames of a row's clip, (T, size, size, 3), and their numbers. Videos that are small when
+        decoded stay in memory while there is room; images and arrays are fast to read, and do not."""
         path, chosen, whole = self.manifest.video_path(row), None, False
 
         def choose(count):
@@ -599,8 +599,8 @@ def random_crop(frames, size, generator):
 
 def is_true(says, shows):
     """Whether a caption is true of a synthetic scene: `shows` has the attribute words of each thing in the
-    scene, the background among them, `says` those of each thing that the caption claims. It is true if these
-    can be different things of the scene that have all the words."""
+    scene, the background among them, `says` those of each thing that the caption claims. It is true if each
+    claim can be matched to a different thing of the scene that has all of the claim's words."""
     return any(
         all(set(claim) <= set(thing) for claim, thing in zip(says, things))
         for things in itertools.permutations(shows, len(says))
@@ -624,8 +624,8 @@ class Batches(torch.utils.data.Sampler):
     """Yields for each step from `start` to `steps` the (epoch, index) keys of this rank's part of its batch.
 
     All epochs in one go, each a permutation drawn from (seed, epoch), so that a run goes on from any step.
-    The last, smaller batch of an epoch is dropped; of fewer rows than a batch, an epoch is one batch of all.
-    `parts` is --accumulate: a batch that processes x parts do not divide is a DataError.
+    The last, smaller batch of an epoch is dropped; with fewer rows than a batch, an epoch is one batch.
+    `parts` is --accumulate. Raises DataError if world_size * parts does not divide the batch size.
     """
 
     def __init__(self, length, batch_size, seed, steps, start=0, rank=0, world_size=1, parts=1):

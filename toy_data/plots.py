@@ -153,8 +153,8 @@ def contact_sheet(entries, path, title=""):
 
 
 def codebook(entries, path, title=""):
-    """entries: a list of (label, crops uint8 (n, h, w, 3), [(word, lift or probability), ...]). A tile per
-    code: its label, up to eight of its crops, the words it predicts most."""
+    """entries: a list of (label, crops uint8 (n, h, w, 3), [(word, probability or frequency), ...]). A tile
+    per code: its label, up to eight of its crops, its words."""
     width, tiles = 8 * 64 + 7 * GAP, []
     for label, crops, words in entries:
         shown = [strip(crops, 64, most=8, columns=8)] if len(crops) else []

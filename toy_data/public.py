@@ -2,8 +2,8 @@
 
     python -m toy_data.public msvd-qa --annotations MSVD-QA --videos YouTubeClips --out data/msvd-qa
 
-A set's converter yields (file to write, place, names, row): where the row was read, for messages; the names
-that its video may have, whatever their endings; the row without "video". Where a set publishes no val or no
+A set's converter yields (file, place, names, row): the file to write; where the row was read, for messages;
+the names that its video may have, with any extension; the row without "video". If a set has no val or no
 test, none is written, and open_splits cuts it from train.
 """
 
@@ -82,7 +82,7 @@ def msvd_qa(annotations):
     youtube_mapping.txt has a clip and its number a line, `-4wsuPCjDBc_5_15 vid1`; some have it as vid1.avi.
     """
     path = one_of(annotations, "youtube_mapping.txt")
-    clips = {row["vid"]: row["clip"] for _, row in read(path, "clip", "vid", head=False, delimiter=" ")}
+    clips = {row["vid"]: row["clip"] for _, row in read(path, "clip", "vid", header=False, delimiter=" ")}
     return open_questions(annotations, lambda n: [clips.get(f"vid{n}", f"vid{n}"), f"vid{n}"])
 
 
@@ -95,9 +95,9 @@ def open_questions(annotations, names_of):
 
 
 def msrvtt_mc(annotations):
-    """MSRVTT-MC (Yu et al. 2018): for 2,990 videos the right one of five captions. It is a test set alone.
+    """MSRVTT-MC (Yu et al. 2018): for 2,990 videos the right one of five captions. It is only a test set.
 
-    JSFusion's MSR_MC_test.csv (github.com/yj-yu/lsmdc) is a table with tabs, msr7010 in it is video7010.
+    JSFusion's MSR_MC_test.csv (github.com/yj-yu/lsmdc) is tab-separated; its msr7010 is video7010.
     ClipBERT's msrvtt_retrieval_mc_test.jsonl, all-in-one's msrvtt_mc_test.jsonl, has the same rows.
     """
     names = "MSR_MC_test.csv|msrvtt_retrieval_mc_test.jsonl|msrvtt_mc_test.jsonl"
@@ -114,15 +114,15 @@ def msrvtt_mc(annotations):
 def tgif(annotations):
     """TGIF (Li et al. 2016; github.com/raingo/TGIF-Release, folder data): 102,068 GIFs.
 
-    tgif-v1.0.tsv has the URL of a GIF and a caption a line, no head, no quoting; splits/train.txt, val.txt
-    and test.txt a URL a line. A GIF's name is the last part of its URL.
+    tgif-v1.0.tsv has a GIF's URL and a caption per line, without header or quoting; splits/train.txt,
+    val.txt and test.txt have a URL per line. A GIF's name is the last part of its URL.
     """
     part_of = {}
     for part in PARTS:
-        for _, row in read(one_of(annotations, f"splits/{part}.txt"), "url", head=False):
+        for _, row in read(one_of(annotations, f"splits/{part}.txt"), "url", header=False):
             part_of[row["url"]] = part
     path, layout = one_of(annotations, "tgif-v1.0.tsv"), {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    for place, row in read(path, "url", "caption", head=False, **layout):
+    for place, row in read(path, "url", "caption", header=False, **layout):
         if row["url"] in part_of:
             file = f"{part_of[row['url']]}.jsonl"
             yield file, place, [row["url"].rpartition("/")[2]], {"caption": row["caption"]}
@@ -131,7 +131,7 @@ def tgif(annotations):
 def tgif_qa(annotations):
     """TGIF-QA (Jang et al. 2017; github.com/YunseokJANG/tgif-qa, folder dataset) on TGIF's GIFs.
 
-    {Train,Test}_{action,transition,frameqa}_question.csv have tabs and the columns gif_name, question, a1 to
+    {Train,Test}_{action,transition,frameqa}_question.csv are tab-separated: gif_name, question, a1 to
     a5 (not frameqa), answer (from 0; frameqa's is a word), vid_id, key. The paper leaves counting out.
     """
     kinds = {"action": "mc_action", "transition": "mc_transition", "frameqa": "qa"}
@@ -172,7 +172,7 @@ def hmdb51(annotations, split):
     """
     ending = f"_test_split{split}.txt"
     for path in sorted(one_of(annotations, f"brush_hair{ending}").parent.glob(f"*{ending}")):
-        for place, row in read(path, "clip", "part", head=False, delimiter=" "):
+        for place, row in read(path, "clip", "part", header=False, delimiter=" "):
             if row["part"] != "0":
                 part = {"1": "train", "2": "test"}.get(row["part"])
                 yield f"action_{part}.jsonl", place, [row["clip"]], {"label": path.name.removesuffix(ending)}
@@ -204,7 +204,7 @@ def coco_captions(annotations):
 
 
 def choice(question, options, answer):
-    """An answer may come in digits; what is no number stays as it is, for the check to name."""
+    """`answer` may be a string of digits; anything else is kept, for find_fault to report."""
     answer = int(answer) if str(answer).isdecimal() else answer
     return {"question": question, "options": options, "answer": answer}
 
@@ -233,10 +233,10 @@ def files_of(annotations, files):
     return [(one_of(annotations, names), file) for names, file in files.items()]
 
 
-def read(path, *fields, key=None, head=True, **dialect):
+def read(path, *fields, key=None, header=True, **dialect):
     """(place, row) for each row of a table, of JSONL, or of the list that JSON is or holds under `key`. Every
-    row must have the `fields`; a table without a head has these columns."""
-    columns = None if head else fields
+    row must have the `fields`; a table without a header has these columns."""
+    columns = None if header else fields
     rows = read_json(path, key) if "json" in path.suffix else read_table(path, columns, dialect)
     for place, row in rows:
         for field in fields:
@@ -346,7 +346,7 @@ def lines_of(rows, listed, tally):
             path = find(listed, names)
             if path is None:
                 tally.missing[names[0]] = True
-                tally.rows[file] += 0  # a file that there should be
+                tally.rows[file] += 0  # an entry, for `refuse` to find
                 continue
             row = json.dumps({"video": path} | row)
         tally.rows[file] += 1
@@ -374,7 +374,7 @@ def fields_of(file):
 
 
 def refuse(annotations, videos, out, tally):
-    """A DataError for a file without rows, and for those of another conversion, which would pass for ours."""
+    """Raises DataError for a file without rows, and for older files that would pass for this conversion's."""
     if not tally.rows:
         raise DataError(f"{annotations}: has no rows; {MEND}")
     for file, count in tally.rows.items():

@@ -55,7 +55,7 @@ COUNTS = {"twice": "011100011100", "thrice": "011001100110"}     # the frames in
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 TRANSITIONS = tuple(f"{a}-then-{b}" for a in PLAIN for b in PLAIN if a != b)
 REPEATED = tuple(f"{action}-{count}" for action in ACTIONS for count in COUNTS)
-HELD_OUT = {        # these occur in test alone: their words are common, only their union is new
+HELD_OUT = {        # these occur only in test: the words are common, the combination is new
     ("red", "cross"), ("blue", "triangle"), ("green", "ring"), ("yellow", "circle"), ("purple", "triangle"),
     ("white", "ring"),
 }
@@ -81,18 +81,18 @@ WHERE = {
 BESIDE = {"top": "above", "bottom": "below", "left-half": "beside", "right-half": "beside"}
 
 # ---- the grammar: what a question asks ----------------------------------------------------------------
-# The kinds of a split's groups, over and over; "motion" is a caption group that differs in a plain motion.
+# The kinds of a split's groups, in a cycle; "motion" is a caption group that differs in plain motions.
 KINDS = ("caption", "action", "transition", "caption", "motion",
          "caption", "action", "caption", "transition", "caption")
 TEST_KINDS = ("caption", "action", "transition", "motion", "caption", "action", "caption", "transition",
               "caption", "caption", "motion", "action", "caption", "transition", "caption", "caption")
-# What the five clips of other caption groups differ in: how many of its values, and how often.
+# What the clips of other caption groups differ in {attribute: number of values}, and a group's weight.
 CHANGES = (
     ({"colour": 5}, 25), ({"shape": 5}, 16), ({"background": 5}, 10),
     ({"colour": 3, "shape": 3}, 17), ({"size": 2, "colour": 3}, 5), ({"size": 2, "shape": 3}, 5),
     ({"binding": 3}, 10),       # which colour belongs to which of two shapes
 )
-POWERS = {"colour": 0.5, "shape": 0.5, "size": 0.0, "motion": 0.0, "background": 0.4}   # of their long tails
+POWERS = {"colour": 0.5, "shape": 0.5, "size": 0.0, "motion": 0.0, "background": 0.4}   # weights 1/r^power
 VALUES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": ("large", "small"), "motion": PLAIN,
           "background": tuple(BACKGROUNDS)}
 
@@ -128,7 +128,7 @@ class Scene:
         return any((thing.colour, thing.shape) in HELD_OUT for thing in self.things)
 
     def can_be(self):
-        """Whether everything has the room for its motion, and no two things have one name."""
+        """Whether each thing has room for its motion, and no two share both colour and shape."""
         names = {(thing.colour, thing.shape) for thing in self.things}
         fits = [can_move(thing.motion, thing.place, thing.size) for thing in self.things]
         return len(names) == len(fits) and all(fits)
@@ -147,13 +147,13 @@ def draw(generator, names, power=0.0, count=None):
 
 
 def usual(forms, at):
-    """The form that stands `at` (0 to 1) of the way through the forms, each as wide as it is usual."""
+    """The form at the quantile `at` (0 to 1) of a distribution with weights USUAL[:len(forms)]."""
     ends = list(itertools.accumulate(USUAL[:len(forms)]))
     return forms[bisect(ends, at * ends[-1])]
 
 
 def can_move(motion, place, size):
-    """Whether its half has room for this motion: along it, on the spot, or, if it is not large, across it."""
+    """Whether a half has room for a motion: across it only jumps or shakes, of small or medium things."""
     if not place:
         return True
     across = {"up", "down", "jumps"} if place in ("top", "bottom") else {"left", "right", "shakes"}
@@ -184,9 +184,9 @@ def draw_scene(generator, unseen, count=None):
 # ---- saying it ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Wording:
-    """All that is free in a caption. One wording of five scenes gives captions that differ where they do."""
+    """The free choices of a caption. With one wording, five scenes' captions differ only as the scenes do."""
     words: dict         # the grammar's word -> the form used
-    fields: tuple       # what is said of each thing, beside colour and shape
+    fields: tuple       # what is said of each thing, besides colour and shape
     background: bool
 
 
@@ -202,7 +202,7 @@ def draw_wording(generator, scene, must=frozenset()):
     fields = []
     for index, thing in enumerate(scene.things[:1 + both]):
         said = {name for name, chance in chances.items() if generator.random() < chance}
-        # What swells has no one size, and medium is no size to mention.
+        # A thing that swells has no fixed size, and medium is never said.
         if thing.size == "medium" or thing.motion.startswith("swells"):
             said.discard("size")
         # "a red ring moves left above a blue star"; never "a red ring and a blue star moves left".
@@ -273,7 +273,7 @@ def say(scene, wording):
 
 # ---- asking about it ----------------------------------------------------------------------------------
 def questions(scene, generator):
-    """One to three questions that have one answer, each of another kind: (kind, question, answer)."""
+    """One to three questions of different kinds, each with one answer: (kind, question, answer)."""
     asked = {"count": [("how many things are there?", ("one", "two")[len(scene.things) - 1])],
              "background": [("what is in the background?", scene.background)]}
     for thing in scene.things:
@@ -303,7 +303,7 @@ class Group:
 
 
 def is_sound(group):
-    """Five scenes that can be, and each option true of its own alone."""
+    """Whether the five scenes are possible and differ, and each option is true of its own scene only."""
     if min(len(set(group.scenes)), len(set(group.options))) < 5 or not all(map(Scene.can_be, group.scenes)):
         return False
     shown = [scene.shows() for scene in group.scenes]
@@ -352,7 +352,7 @@ def action_group(generator, unseen):
 
 
 def transition_group(generator, unseen):
-    """The second motion is asked for; where it is the first once more, the clip just goes on."""
+    """The question asks for the second motion; where it equals the first, the first simply continues."""
     scene, first = draw_scene(generator, unseen, count=1), draw(generator, PLAIN)
     name = f"{scene.things[0].colour} {scene.things[0].shape}"
     seconds = draw(generator, PLAIN, count=5)
@@ -382,7 +382,7 @@ def draw_group(generator, kind, unseen, taken, known):
 
 
 def is_known(texts, known):
-    """Whether all words are among the known ones; None knows all."""
+    """Whether all words of `texts` are in the set `known`; with None, always."""
     return known is None or all(known.issuperset(text.split()) for text in texts)
 
 
@@ -401,7 +401,7 @@ def plan(clips, seed):
     """(the scenes of all clips, {file: its rows}). No scene is in two splits; where train is large enough to
     have all words, val and test are worded in those of its captions."""
     scenes, files, taken, words = [], {}, set(), set()
-    val, test = min(max(3, clips // 125), 80), min(max(3, clips // 31), 320)    # groups: all three kinds
+    val, test = min(max(3, clips // 125), 80), min(max(3, clips // 31), 320)    # groups; 3 cover all kinds
     sizes = {"train": clips // 5 - val - test, "val": val, "test": test}
     for number, (split, size) in enumerate(sizes.items()):
         kinds = TEST_KINDS if split == "test" else KINDS
@@ -499,7 +499,7 @@ def draw_background(name, generator):
 
 
 def legs(motion, room, generator):
-    """How far one plain motion or two have carried a thing in each frame: (FRAMES, 2)."""
+    """A thing's offset (x, y) in pixels in each frame, under one plain motion or two: (FRAMES, 2)."""
     motions, carried = motion.split("-then-"), np.zeros((FRAMES, 2))
     turns = np.linspace(0, FRAMES - 1, len(motions) + 1)
     for direction, start, end in zip(motions, turns, turns[1:]):
@@ -519,14 +519,14 @@ def track(motion, pixels, box, generator):
     offsets = np.zeros((FRAMES, 2))
     if action == "jumps":
         offsets[:, 1] = active * -min(0.6 * pixels, room[1])
-    elif action == "shakes":    # to sides that alternate and mirror in time, or it would look like moving on
+    elif action == "shakes":    # alternates, mirrored in time, or it would look like a plain motion
         frame = np.arange(FRAMES)
         way = np.where(np.minimum(frame, frame[::-1]) % 2, 1, -1)
         offsets[:, 0] = active * way * min(0.5 * pixels, room[0] // 2)
     elif not action:
         offsets = legs(motion, room, generator)
     offsets = np.round(offsets).astype(int)
-    # It starts anywhere from where its whole path stays in its box.
+    # A random start among those that keep the whole path inside the box.
     start = generator.integers(-offsets.min(0), room - offsets.max(0) + 1)
     corners = offsets + start + box[:2] + (sides.max() - sides[:, None]) // 2
     return corners, np.where(active & (action == "blinks"), 0, sides), active & (action == "flashes")
@@ -550,7 +550,7 @@ def draw_clip(scene, generator):
                 patch = frame[y:y + side, x:x + side]
                 patch[inside] = fill if dark else fill + 1
                 patch[core] = fill + 2 if dark else fill
-    # Pillow drops a frame that equals the one before, so one corner pixel ticks, by one step of one colour.
+    # Pillow drops a frame equal to the one before, so a corner pixel alternates between two close colours.
     frames[:, 0, 0] = len(palette) + np.arange(FRAMES) % 2
     return frames, np.array(palette + [palette[0], palette[0] + (0, 0, 1)]).astype(np.uint8)
 
@@ -576,7 +576,7 @@ def render(out, clips=10000, seed=0):
         try:
             found = json.loads((out / "set.json").read_text())
         except (OSError, ValueError):
-            found = "something else than a synthetic set"
+            found = "something other than a synthetic set"
         if found != card:
             raise DataError(f"{out}: holds {found}, not {card}; give another folder as --out, or remove this")
         print(f"{out}: holds this set already")
@@ -598,6 +598,6 @@ def render(out, clips=10000, seed=0):
 
 
 def render_if_missing(folder):
-    """Renders the set on first use. A folder that the user names is never made up."""
+    """Renders the set into data/toy on first use; no other folder is ever created."""
     if Path(folder) == Path(SYNTHETIC) and not Path(folder).exists():
         render(folder)
