@@ -114,8 +114,10 @@ def test_masked_pixels_are_zero_and_no_others_change():
         patch = slice(None), slice(32 * y, 32 * y + 32), slice(32 * x, 32 * x + 32)
         expected = torch.zeros(3, 32, 32) if masked[b, t, y, x] else before[b, t][patch]
         assert torch.equal(found[b, t][patch], expected)
-    assert torch.equal(frames, before)                                      # the tokenizer sees them whole
+    assert torch.equal(frames, before), "the caller's frames were changed: the tokenizer sees them whole"
     assert torch.equal(mask_frames(frames, torch.zeros_like(masked)), before)
+    small = mask_frames(torch.ones(1, 1, 3, 64, 64), torch.eye(4, dtype=torch.bool)[None, None])
+    assert small.sum() == 3 * 12 * 16 * 16, "4 of 16 patches of 16 pixels are masked"
 
 
 # ------------------------------------------------------------------------------------------------------ words

@@ -53,8 +53,10 @@ def quantizer():
 
 
 def test_eq4_nearest_code(quantizer):
-    x = torch.randn(4, 3, 5, 6) * torch.logspace(-3, 3, 5)[:, None]
+    x, before = torch.randn(4, 3, 5, 6), quantizer.codebook.detach().clone()
+    x *= torch.logspace(-3, 3, 5)[:, None]
     quantized, ids, _ = quantizer(x)
+    assert torch.equal(quantizer.codebook, before), "the codebook itself was changed"
     expected, codes = nearest(x, quantizer.codebook.detach())
     assert ids.shape == (4, 3, 5) and torch.equal(ids, expected) and len(ids.unique()) > 20
     near(quantized, codes, atol=1e-5)
@@ -79,6 +81,7 @@ def test_eq7_gradients_go_where_stop_gradient_lets_them(quantizer):
     commitment = ((e - c.detach()) ** 2).sum(-1).mean()                         # ||E(X) - sg[C_q]||^2
     near(to_codes, torch.autograd.grad(codebook_term, quantizer.codebook)[0], atol=1e-6)
     near(to_encoder, torch.autograd.grad(commitment, x)[0], atol=1e-6)
+    near(loss, codebook_term + commitment)
     assert to_codes.abs().sum() > 0 and to_encoder.abs().sum() > 0
     unused = torch.ones(50, dtype=torch.bool).index_fill(0, ids.flatten(), False)
     assert not to_codes[unused].any()
@@ -215,7 +218,7 @@ def test_the_words_teach_encoder_and_decoder_and_leave_the_codebook_to_eq7(token
                  tokenizer.head):
         assert part.weight.grad.abs().sum() > 0
     codebook = tokenizer.quantizer.codebook
-    assert codebook.grad is None or not codebook.grad.any()
+    assert codebook.grad is None or not codebook.grad.any(), "the words' loss must not move the codebook"
 
 
 def test_tokenize_gives_a_code_a_patch_and_needs_no_gradient(tokenizer, frames):

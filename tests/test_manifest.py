@@ -43,7 +43,7 @@ def test_a_manifest_is_a_sequence_of_its_rows(tmp_path):
 def test_line_numbers_count_blank_lines_and_any_line_end(tmp_path):
     path = tmp_path / "train.jsonl"
     one, two, three = (json.dumps(row).encode() for row in rows_of(3))
-    path.write_bytes(b"\xef\xbb\xbf" + one + b"\r\n\n  \n" + two + b"\n" + three)  # no line end after the last
+    path.write_bytes(b"\xef\xbb\xbf" + one + b"\r\n\n  \n" + two + b"\n" + three)   # the last without end
     manifest = Manifest(path, FIELDS)
     assert [row["video"] for row in manifest] == ["0.gif", "1.gif", "2.gif"]
     assert [manifest.line(i) for i in range(3)] == [1, 4, 5]

@@ -48,9 +48,10 @@ def bare_cascade(dim, scales, factors):
 
 
 def test_cascade_by_hand_convolves_each_part_with_the_result_before_it():
-    x = torch.tensor([1.0, 10.0, 100.0, 1000.0])[None, :, None, None].expand(1, 4, 2, 2)
+    x = torch.tensor([1.0, 10.0, 100.0, 1000.0])[None, :, None, None].requires_grad_()
     y = bare_cascade(4, 4, [2.0, 3.0, 5.0])(x)                  # 2 * 1, 3 * (10 + 2), 5 * (100 + 36)
-    assert y[0, :, 0, 0].tolist() == [2.0, 36.0, 680.0, 1000.0]
+    assert y.flatten().tolist() == [2.0, 36.0, 680.0, 1000.0]
+    assert torch.autograd.grad(y.sum(), x)[0].flatten().tolist() == [38.0, 18.0, 5.0, 1.0]
 
 
 def test_cascade_of_one_part_convolves_all_of_it():
@@ -81,6 +82,7 @@ def echoing(tiny):
 def test_eq2_by_hand_each_side_gets_its_token_type(echoing):
     text, video = torch.full((2, 5, 36), 2.0), torch.full((2, 8, 36), 3.0)
     h_cls, h_text, h_video = echoing.fuse(video, text, torch.ones(2, 5, dtype=torch.bool))
+    assert (text == 2).all() and (video == 3).all(), "the caller's text or video was changed"
     near(h_cls, torch.full((2, 36), 1.0))                       # e^CLS
     near(h_text, torch.full((2, 5, 36), 12.0))                  # e^L + t^L
     near(h_video, torch.full((2, 8, 36), 103.0))                # e^V + t^V
@@ -89,6 +91,7 @@ def test_eq2_by_hand_each_side_gets_its_token_type(echoing):
 def test_eq2_the_decoder_is_shown_everything_but_padding(echoing):
     mask = torch.tensor([[True, True, True], [True, False, False]])
     echoing.fuse(torch.zeros(2, 4, 36), torch.zeros(2, 3, 36), mask)
+    assert echoing.decoder.mask is not None, "the decoder was given no mask"
     assert echoing.decoder.mask.int().tolist() == [[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 1, 1]]
 
 
