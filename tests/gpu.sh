@@ -26,15 +26,15 @@ name=$($python -c 'import torch; print(torch.cuda.get_device_name())')
 printf '| part | %s |\n|---|---|\n' "$name" > "$out/gpu.md"
 
 part tests '^([0-9]+ (passed|failed)|FAILED|ERROR)' $python -m pytest -m cuda
-part pretrain '(clips/s, |VTM|MLM|MVM|choice|joint|^error)' \
+part pretrain '(clips/s overall|VTM|MLM|MVM|choice|joint|^error)' \
     $python pretrain.py --device cuda --tokenizer "$out/tokenizer" --out "$out/pretrain" $flags
 for task in qa "retrieval --scoring fast"; do
-    part "${task%% *}" '(clips/s, |^  |^error)' \
+    part "${task%% *}" '(clips/s overall|^  |^error)' \
         $python finetune.py $task --device cuda --init "$out/pretrain" --out "$out/${task%% *}" $flags
 done
 part benchmark '^ |GB|GiB|MiB|lines|times' $python tests/benchmark.py --device cuda
 if [ "$gpus" -gt 1 ]; then
-    part two-processes '(clips/s, |^error)' $python -m torch.distributed.run --nproc-per-node=2 \
+    part two-processes '(clips/s overall|^error)' $python -m torch.distributed.run --nproc-per-node=2 \
         pretrain.py --device cuda --max-steps 200 --tokenizer "$out/tokenizer" --out "$out/two" $flags
 fi
 cat "$out/gpu.md"
