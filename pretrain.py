@@ -28,7 +28,8 @@ from evilm import (Config, EViLM, InputError, Parser, Run, SemanticTokenizer, at
 from toy_data import (Batches, ClipCaptions, DataError, WholeClips, make_loader, open_split, open_splits,
                       plots, render_if_missing)
 
-OBJECTIVES = ("vtm", "mlm", "mvm")
+HEADS = {"vtm": ("pooler", "vtm_head"), "mlm": ("mlm_head",), "mvm": ("mvm_head",)}      # of each objective
+OBJECTIVES = tuple(HEADS)
 EVALUATED = 1000                # clips, captions or questions of a split that one evaluation looks at
 FUNCTION_WORDS = set("a an the is are there that and then while on at in of to with it".split())
 
@@ -131,10 +132,8 @@ def train(args):
     model = EViLM(config, wordpiece.vocab).to(machine.device)
     if not args.resume:
         start_encoders(model, splits["train"], args, machine)
-    unused = [f"{name}_head" for name in OBJECTIVES if name not in args.objectives]
+    unused = [part for name in OBJECTIVES if name not in args.objectives for part in HEADS[name]]
     freeze(model, *unused)
-    if "vtm_head" in unused:
-        freeze(model, "pooler")                                 # only the VTM head reads it
     optimizer = make_optimizer(model, config.lr, config.weight_decay, machine.device)
     sums = torch.zeros(len(OBJECTIVES), device=machine.device)  # of each loss since the last evaluation
     run = Run(args, "pretrain", config, wordpiece.vocab, machine, model, optimizer,
