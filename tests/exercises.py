@@ -21,6 +21,7 @@ import linecache
 import os
 import re
 import reprlib
+import signal
 import sys
 import tempfile
 import textwrap
@@ -430,7 +431,13 @@ def examine(path, claims, seconds, folder):
     plugin, nowhere = Claims(path, claims, folder / "report.json"), io.StringIO()
     with (open(folder / "stuck.txt", "w") as file, contextlib.redirect_stdout(nowhere),
           contextlib.redirect_stderr(nowhere)):
-        faulthandler.dump_traceback_later(seconds, exit=True, file=file)
+        def out_of_time(*_):                        # between two steps of Python, where frames are whole
+            faulthandler.dump_traceback(file)
+            os._exit(1)
+
+        signal.signal(signal.SIGALRM, out_of_time)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        faulthandler.dump_traceback_later(2 * seconds, exit=True, file=file)        # stuck in a call of C
         try:
             copy = importlib.import_module("evilm")        # pytest's own path comes too late to change this
             for part in ast.parse((ROOT / "evilm.py").read_text()).body:
@@ -444,6 +451,7 @@ def examine(path, claims, seconds, folder):
         except (Exception, SystemExit) as error:
             plugin.report.write_text(json.dumps({"evilm.py": explain(error, path)}))
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             faulthandler.cancel_dump_traceback_later()
             sys.path.remove(str(path.parent))
 
