@@ -239,6 +239,12 @@ class Task:
         self.args, self.splits, self.wordpiece, self.config = args, splits, wordpiece, config
         self.prepare(machine)
 
+    def require_known(self, what, is_known):
+        """Refuses a val or test split of which training knows no row's answer or label."""
+        for manifest in (self.splits["val"], self.splits["test"]):
+            if not any(map(is_known, manifest)):
+                raise DataError(f"{manifest.path}: none of its {what} is in {self.splits['train'].path}")
+
     def samples(self, manifest, train, mismatched=False):
         c = self.config
         return ClipCaptions(manifest, c.frames, c.size, self.args.seed, train, c.augment, mismatched,
@@ -330,13 +336,11 @@ class Questions(Choices):
     title, files = "Open-ended question answering", "qa"
 
     def prepare(self, machine):
-        train, val, test = (self.splits[name] for name in ("train", "val", "test"))
+        train, test = self.splits["train"], self.splits["test"]
         counts = Counter((self.kinds(row)[0], str(row["answer"])) for row in train).most_common()
         self.answers = list(dict.fromkeys(answer for (_, answer), _ in counts))
         self.number = {answer: i for i, answer in enumerate(self.answers)}
-        for manifest in (val, test):
-            if all(self.target(row) < 0 for row in manifest):
-                raise DataError(f"{manifest.path}: none of its answers is in {train.path}")
+        self.require_known("answers", lambda row: self.target(row) >= 0)
         majority = dict(key for key, _ in reversed(counts))         # a kind's commonest is set last
         hits = [majority.get(self.kinds(row)[0]) == str(row["answer"]) for row in test]
         self.baselines = {"majority answer of each kind": sum(hits) / len(hits)}
@@ -456,9 +460,7 @@ class Probe(Task):
             raise InputError("probe: its BatchNorm needs the whole batch: use one process, no --accumulate, "
                              "at least two clips and a --batch-size of at least 2")
         counts = Counter(row["label"] for row in self.splits["train"])
-        for manifest in (self.splits["val"], self.splits["test"]):
-            if all(row["label"] not in counts for row in manifest):
-                raise DataError(f"{manifest.path}: none of its labels is in {self.splits['train'].path}")
+        self.require_known("labels", lambda row: row["label"] in counts)
         self.answers = sorted(counts)
         majority = counts.most_common(1)[0][0]
         hits = [row["label"] == majority for row in self.splits["test"]]

@@ -441,8 +441,9 @@ def open_splits(folder, task="", note=lambda line: None):
         what += f"; {' and '.join(missing)} cut from train"
     if what:
         note(f"{what} by video: " + ", ".join(f"{name} {len(splits[name]):,} lines" for name in paths))
+    videos = splits["train"].videos
     for name in ("val", "test"):
-        if shared := len(np.intersect1d(splits["train"].videos, splits[name].videos)):
+        if shared := len(np.unique(videos[np.isin(videos, splits[name].videos)])):
             note(f"{shared:,} videos of {name} are also in train: its scores say little about unseen clips")
     found = [split.video_path(row) != folder / row["video"] for split in splits.values()
              for row in itertools.islice(split, 500)]
